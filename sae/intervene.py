@@ -1,0 +1,240 @@
+"""`Steerer`: the callable that stands at a hook point, reads latents and applies compiled edits.
+
+It happens to have the shape of a hook, `(resid_BTD, span) -> resid_BTD`, and knows nothing else of a model. Edits arrive
+compiled: raw strengths, plain places. With no live edit and nothing to record it returns its argument itself, so logits
+stay bit-identical to those without an SAE. All arithmetic is float32; the sum is rounded once to the stream's dtype.
+
+    f = encode(x),  a = f_i,  d = W_dec[i]          every edit of a set reads this same f; their deltas are summed
+    add v       v * d
+    clamp v     (v - a) * d          `if on`: only where a > 0
+    scale s     (s - 1) * a * d
+    ablate      -a * d
+    bias v      (f' - f) @ W_dec,  f' = act(pre + v * e_i)
+
+Letters: B rows, T tokens, D d_model, F latents, K kept latents, R the rows of a batch that share one set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sae.model import SAE, Latents
+
+
+class SpanLike(Protocol):
+    """What a steerer asks of the model's span: which tokens of which rows these are, and where each prompt ends."""
+
+    @property
+    def positions_BT(self) -> Tensor: ...
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    @property
+    def rows(self) -> Sequence[int]: ...
+    @property
+    def prompt_lengths_B(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledEdit:
+    """An edit with its strength resolved to a raw number."""
+
+    kind: Literal["add", "clamp", "scale", "ablate", "bias"]
+    latent: int
+    value: float = 0.0
+    if_on: bool = False
+    place: Literal["all", "prompt", "generated"] = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSet:
+    """The live edits of one row, and what becomes of the reconstruction error."""
+
+    edits: tuple[CompiledEdit, ...] = ()
+    drop_error: bool = False
+    special_tokens: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.edits) or self.drop_error
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one edit did to one row so far. Kept on the device; reading it costs one copy."""
+
+    positions: Tensor
+    """Positions where it acted."""
+    before: Tensor
+    """Sum of the latent's activation there."""
+    after: Tensor
+    """Sum of what the encoder reads of the latent in the edited stream, rectified, before the race for k places."""
+    lost: Tensor
+    """Positions where a `bias` did not bring its latent into the active set."""
+    first: Tensor
+    """First and last position where it acted."""
+    last: Tensor
+
+
+@dataclass(slots=True)
+class Record:
+    """The latents of one call, before any edit; `readable_BT` is False where the SAE is not read."""
+
+    rows: Sequence[int]
+    positions_BT: Tensor
+    latents: Latents
+    readable_BT: Tensor
+
+
+NO_EDITS = CompiledSet()
+FAR = 2**31 - 1
+
+
+@dataclass(slots=True)
+class Steerer:
+    """Edits and reads the residual stream at one hook point with one SAE.
+
+    `sets` maps logical rows to what runs there and may be changed between forward passes; rows left out run unedited.
+    `special` holds the token ids that, like the first token, are neither read nor (by default) edited.
+    """
+
+    sae: SAE
+    special: Collection[int] = ()
+    recording: bool = False
+    sets: Mapping[int, CompiledSet] = field(default_factory=dict)
+    record: Record | None = None
+    tallies: dict[tuple[int, CompiledEdit], Tally] = field(default_factory=dict)
+    applied: dict[int, int] = field(default_factory=dict)
+    """Forward passes in which a row's set had at least one live edit."""
+    _special: Tensor | None = None
+
+    def __call__(self, resid_BTD: Tensor, span: SpanLike) -> Tensor:
+        groups: dict[CompiledSet, list[int]] = {}
+        for place, row in enumerate(span.rows):
+            compiled = self.sets.get(row, NO_EDITS)
+            if compiled:
+                groups.setdefault(compiled, []).append(place)
+                self.applied[row] = self.applied.get(row, 0) + 1
+        self.record = None
+        if not groups and not self.recording:
+            return resid_BTD
+        x_BTD = resid_BTD.float()
+        positions_BT = span.positions_BT
+        real_BT = positions_BT >= 0
+        readable_BT = (positions_BT > 0) & ~self._is_special(span.tokens_BT)
+        needs_pre = any(edit.kind == "bias" for compiled in groups for edit in compiled.edits)
+        pre_BTF = self.sae.pre_activations(x_BTD) if needs_pre else None
+        latents = self.sae.encode(x_BTD) if pre_BTF is None else self.sae.activate(pre_BTF)
+        if self.recording:
+            self.record = Record(tuple(span.rows), positions_BT, latents, readable_BT)
+        if not groups:
+            return resid_BTD
+        edited_BTD = resid_BTD.clone()
+        for compiled, places in groups.items():
+            whole = len(places) == len(span.rows)
+            pick = slice(None) if whole else torch.tensor(places, device=x_BTD.device)
+            f = Latents(latents.indices[pick], latents.values[pick])
+            allowed_RT = (real_BT if compiled.special_tokens else readable_BT)[pick]
+            generated_RT = (positions_BT >= span.prompt_lengths_B[:, None] - 1)[pick]
+            x_RTD = x_BTD[pick]
+            pre_RTF = pre_BTF[pick] if pre_BTF is not None else None
+            delta_RTD, acting_ERT, lost_ERT = self._deltas(compiled, f, pre_RTF, allowed_RT, generated_RT)
+            y_RTD = x_RTD + delta_RTD
+            if compiled.drop_error:
+                y_RTD = torch.where(allowed_RT[..., None], self.sae.decode(f) + delta_RTD, y_RTD)
+            touched_RT = allowed_RT if compiled.drop_error else acting_ERT.any(0)
+            # Untouched positions keep their very bits, whatever the round trip through float32 would do.
+            edited_BTD[pick] = torch.where(touched_RT[..., None], y_RTD.to(resid_BTD.dtype), resid_BTD[pick])
+            self._count(compiled, [span.rows[p] for p in places], f, y_RTD, acting_ERT, lost_ERT, positions_BT[pick])
+        return edited_BTD
+
+    def _deltas(
+        self, compiled: CompiledSet, f: Latents, pre_RTF: Tensor | None, allowed_RT: Tensor, generated_RT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed deltas (R, T, D) of a set, where each edit acted (E, R, T) and where a bias lost the race (E, R, T)."""
+        like = self.sae.b_dec_D
+        delta_RTD = torch.zeros(*allowed_RT.shape, like.shape[0], device=like.device)
+        acting_ERT = torch.zeros(len(compiled.edits), *allowed_RT.shape, dtype=torch.bool, device=like.device)
+        lost_ERT = torch.zeros_like(acting_ERT)
+        for number, edit in enumerate(compiled.edits):
+            a_RT = activation_of(f, edit.latent)
+            where_RT = allowed_RT
+            if edit.place != "all":
+                where_RT = where_RT & (generated_RT if edit.place == "generated" else ~generated_RT)
+            if edit.if_on:
+                where_RT = where_RT & (a_RT > 0)
+            acting_ERT[number] = where_RT
+            match edit.kind:
+                case "bias":
+                    assert pre_RTF is not None
+                    pushed_RTF = pre_RTF.clone()
+                    pushed_RTF[..., edit.latent] += edit.value
+                    pushed = self.sae.activate(pushed_RTF)
+                    lost_ERT[number] = where_RT & (activation_of(pushed, edit.latent) <= 0)
+                    change_RTD = self.sae.decode(pushed) - self.sae.decode(f)
+                    delta_RTD += torch.where(where_RT[..., None], change_RTD, 0.0)
+                    continue
+                case "add":
+                    amount_RT = torch.full_like(a_RT, edit.value)
+                case "clamp":
+                    amount_RT = edit.value - a_RT
+                case "scale":
+                    amount_RT = (edit.value - 1.0) * a_RT
+                case "ablate":
+                    amount_RT = -a_RT
+            amount_RT = torch.where(where_RT, amount_RT, 0.0)
+            delta_RTD += amount_RT[..., None] * self.sae.decoder_direction(edit.latent).float()
+        return delta_RTD, acting_ERT, lost_ERT
+
+    def _count(
+        self,
+        compiled: CompiledSet,
+        rows: Sequence[int],
+        f: Latents,
+        y_RTD: Tensor,
+        acting_ERT: Tensor,
+        lost_ERT: Tensor,
+        positions_RT: Tensor,
+    ) -> None:
+        """Add this call to the tally of every edit, on the device."""
+        for number, edit in enumerate(compiled.edits):
+            where_RT = acting_ERT[number]
+            read_RT = self.sae.pre_activation(y_RTD, edit.latent).relu()
+            sums = (
+                where_RT.sum(1),
+                torch.where(where_RT, activation_of(f, edit.latent), 0.0).sum(1),
+                torch.where(where_RT, read_RT, 0.0).sum(1),
+                lost_ERT[number].sum(1),
+                torch.where(where_RT, positions_RT, FAR).amin(1),
+                torch.where(where_RT, positions_RT, -1).amax(1),
+            )
+            for place, row in enumerate(rows):
+                new = Tally(*(values[place] for values in sums))
+                old = self.tallies.get((row, edit))
+                self.tallies[row, edit] = new if old is None else _merged(old, new)
+
+    def _is_special(self, tokens_BT: Tensor) -> Tensor:
+        if not self.special:
+            return torch.zeros_like(tokens_BT, dtype=torch.bool)
+        if self._special is None or self._special.device != tokens_BT.device:
+            self._special = torch.tensor(sorted(self.special), device=tokens_BT.device)
+        return torch.isin(tokens_BT, self._special)
+
+
+def activation_of(latents: Latents, latent: int) -> Tensor:
+    """The activation (...) of one latent in sparse latents (..., K): 0 where it is not among the kept ones."""
+    return torch.where(latents.indices == latent, latents.values, 0.0).sum(-1)
+
+
+def _merged(old: Tally, new: Tally) -> Tally:
+    return Tally(
+        old.positions + new.positions,
+        old.before + new.before,
+        old.after + new.after,
+        old.lost + new.lost,
+        torch.minimum(old.first, new.first),
+        torch.maximum(old.last, new.last),
+    )
