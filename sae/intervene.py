@@ -202,7 +202,7 @@ class Steerer:
         """Add this call to the tally of every edit, on the device."""
         for number, edit in enumerate(compiled.edits):
             where_RT = acting_ERT[number]
-            read_RT = self.sae.pre_activation(y_RTD, edit.latent).relu()
+            read_RT = _read(self.sae, y_RTD, edit.latent)
             sums = (
                 where_RT.sum(1),
                 torch.where(where_RT, activation_of(f, edit.latent), 0.0).sum(1),
@@ -227,6 +227,12 @@ class Steerer:
 def activation_of(latents: Latents, latent: int) -> Tensor:
     """The activation (...) of one latent in sparse latents (..., K): 0 where it is not among the kept ones."""
     return torch.where(latents.indices == latent, latents.values, 0.0).sum(-1)
+
+
+def _read(sae: SAE, x_RTD: Tensor, latent: int) -> Tensor:
+    """What the encoder reads of one latent (R, T), rectified, before the race for k places."""
+    weight_D = sae.W_enc_FD[latent].float()
+    return ((x_RTD - sae.b_dec_D.float()) @ weight_D + sae.b_enc_F[latent].float()).relu()
 
 
 def _merged(old: Tally, new: Tally) -> Tally:

@@ -1,0 +1,184 @@
+"""Every edit kind against a float64 loop, and what a steerer leaves alone."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.intervene import CompiledEdit, CompiledSet, Steerer
+from sae.model import SAE, SAEConfig
+
+D, F, K, SPECIAL = 12, 40, 5, 90
+
+
+@dataclass
+class Place:
+    positions_BT: torch.Tensor
+    tokens_BT: torch.Tensor
+    rows: tuple[int, ...]
+    prompt_lengths_B: torch.Tensor
+
+
+def make_sae(seed: int = 0) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(SAEConfig(D, F, "topk", K, "blocks.0.hook_resid_post"))
+    sae.W_dec_FD.copy_(torch.nn.functional.normalize(torch.randn(F, D), dim=1))
+    sae.W_enc_FD.copy_(sae.W_dec_FD + 0.1 * torch.randn(F, D))
+    sae.b_enc_F.copy_(0.1 * torch.randn(F))
+    sae.b_dec_D.copy_(torch.randn(D))
+    return sae
+
+
+def place(rows: int, tokens: int, prompt: int = 3, rows_named: tuple[int, ...] | None = None) -> Place:
+    positions = torch.arange(tokens).repeat(rows, 1)
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 80
+    return Place(positions, ids, rows_named or tuple(range(rows)), torch.full((rows,), prompt))
+
+
+def encode64(sae: SAE, x: list[float], push: tuple[int, float] | None = None) -> list[float]:
+    """The latents of one vector, in float64, by loops."""
+    pre = []
+    for i in range(F):
+        total = float(sae.b_enc_F[i])
+        for j in range(D):
+            total += float(sae.W_enc_FD[i, j]) * (x[j] - float(sae.b_dec_D[j]))
+        pre.append(total + (push[1] if push and push[0] == i else 0.0))
+    kept = sorted(range(F), key=lambda i: -pre[i])[:K]
+    return [max(pre[i], 0.0) if i in kept else 0.0 for i in range(F)]
+
+
+def edited64(sae: SAE, x: list[float], edits: list[CompiledEdit], position: int, prompt: int) -> list[float]:
+    f = encode64(sae, x)
+    y = list(x)
+    for edit in edits:
+        generated = position >= prompt - 1
+        if position == 0 or (edit.place == "prompt" and generated) or (edit.place == "generated" and not generated):
+            continue
+        a, change = f[edit.latent], [0.0] * F
+        match edit.kind:
+            case "add":
+                change[edit.latent] = edit.value
+            case "clamp":
+                change[edit.latent] = 0.0 if edit.if_on and a <= 0 else edit.value - a
+            case "scale":
+                change[edit.latent] = (edit.value - 1) * a
+            case "ablate":
+                change[edit.latent] = -a
+            case "bias":
+                pushed = encode64(sae, x, (edit.latent, edit.value))
+                change = [new - old for new, old in zip(pushed, f, strict=True)]
+        for i in range(F):
+            for j in range(D):
+                y[j] += change[i] * float(sae.W_dec_FD[i, j])
+    return y
+
+
+edits = st.builds(
+    CompiledEdit,
+    kind=st.sampled_from(["add", "clamp", "scale", "ablate", "bias"]),
+    latent=st.integers(0, F - 1),
+    value=st.floats(-4, 4, width=32),
+    place=st.sampled_from(["all", "prompt", "generated"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chosen=st.lists(edits, min_size=1, max_size=3), seed=st.integers(0, 50), if_on=st.booleans())
+def test_every_set_of_edits_equals_a_float64_loop(chosen: list[CompiledEdit], seed: int, if_on: bool) -> None:
+    chosen = [CompiledEdit(e.kind, e.latent, e.value, if_on and e.kind == "clamp", e.place) for e in chosen]
+    sae, x = make_sae(), torch.randn(1, 5, D, generator=torch.Generator().manual_seed(seed))
+    y = Steerer(sae, {SPECIAL}, sets={0: CompiledSet(tuple(chosen))})(x, place(1, 5))
+    wanted = [edited64(sae, x[0, t].double().tolist(), chosen, t, 3) for t in range(5)]
+    torch.testing.assert_close(y[0].double(), torch.tensor(wanted, dtype=torch.float64), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -2.0])
+def test_clamp_moves_the_stream_by_the_difference_of_two_decodings(value: float) -> None:
+    sae, x = make_sae(), torch.randn(1, 6, D)
+    f = sae.encode(x)
+    latent = int(f.indices[0, 2, 0])
+    y = Steerer(sae, sets={0: CompiledSet((CompiledEdit("clamp", latent, value),))})(x, place(1, 6))
+    dense = torch.zeros(6, F).scatter_(1, f.indices[0], f.values[0])
+    clamped = dense.clone()
+    clamped[:, latent] = value
+    moved = (clamped - dense) @ sae.W_dec_FD
+    moved[0] = 0
+    torch.testing.assert_close(y[0] - x[0], moved, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_set_returns_the_very_same_tensor(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, D).to(dtype)
+    steerer = Steerer(make_sae(), recording=True, sets={0: CompiledSet(), 1: CompiledSet()})
+    assert steerer(x, place(2, 4)) is x
+    assert steerer.record is not None and steerer.record.latents.values.shape == (2, 4, K)
+
+
+def test_first_token_specials_and_padding_keep_their_bits() -> None:
+    x = torch.randn(1, 6, D, dtype=torch.bfloat16)
+    where = place(1, 6)
+    where.tokens_BT[0, 2] = SPECIAL
+    where.positions_BT[0, 5] = -1
+    edit = CompiledSet((CompiledEdit("add", 3, 5.0),))
+    y = Steerer(make_sae(), {SPECIAL}, sets={0: edit})(x, where)
+    changed = (y != x).any(-1)[0].tolist()
+    assert changed == [False, True, False, True, True, False]
+    y = Steerer(make_sae(), {SPECIAL}, sets={0: CompiledSet(edit.edits, special_tokens=True)})(x, where)
+    assert (y != x).any(-1)[0].tolist() == [True] * 5 + [False]
+
+
+def test_rows_with_different_sets_equal_the_same_rows_alone() -> None:
+    sae, x = make_sae(), torch.randn(4, 5, D)
+    shared = CompiledSet((CompiledEdit("clamp", 7, 2.0), CompiledEdit("bias", 3, 1.0)))
+    sets = {4: shared, 5: CompiledSet((CompiledEdit("add", 1, 3.0),)), 9: shared}
+    rows = (4, 5, 6, 9)
+    together = Steerer(sae, sets=sets)(x, place(4, 5, rows_named=rows))
+    for number, row in enumerate(rows):
+        alone = Steerer(sae, sets=sets)(x[number : number + 1], place(1, 5, rows_named=(row,)))
+        torch.testing.assert_close(together[number], alone[0], atol=1e-6, rtol=1e-6)
+    assert torch.equal(together[2], x[2])
+
+
+def test_dropping_the_error_leaves_the_edited_reconstruction() -> None:
+    sae, x = make_sae(), torch.randn(1, 4, D)
+    compiled = CompiledSet((CompiledEdit("add", 2, 1.5),), drop_error=True)
+    y = Steerer(sae, sets={0: compiled})(x, place(1, 4))
+    wanted = sae.decode(sae.encode(x)) + 1.5 * sae.decoder_direction(2)
+    torch.testing.assert_close(y[0, 1:], wanted[0, 1:], atol=1e-6, rtol=1e-6)
+    assert torch.equal(y[0, 0], x[0, 0])
+
+
+def test_tallies_count_positions_means_and_lost_races() -> None:
+    sae, x = make_sae(), torch.randn(1, 6, D)
+    f = sae.encode(x)
+    weak = int(sae.pre_activations(x).sum((0, 1)).argmin())
+    edits = (CompiledEdit("ablate", int(f.indices[0, 4, 0])), CompiledEdit("bias", weak, 1e-4))
+    steerer = Steerer(sae, sets={0: CompiledSet(edits)})
+    steerer(x[:, :4], place(1, 4))
+    later = place(1, 2)
+    later.positions_BT += 4
+    steerer(x[:, 4:], later)
+    ablate, bias = steerer.tallies[0, edits[0]], steerer.tallies[0, edits[1]]
+    active = torch.where(f.indices[0] == edits[0].latent, f.values[0], 0.0).sum(-1)[1:]
+    assert (int(ablate.positions), int(ablate.first), int(ablate.last)) == (5, 1, 5)
+    assert float(ablate.before) == pytest.approx(float(active.sum()), rel=1e-5)
+    assert int(bias.lost) == 5
+    assert steerer.applied == {0: 2}
+
+
+def test_a_bias_that_loses_the_race_changes_nothing_and_a_large_one_evicts() -> None:
+    sae, x = make_sae(), torch.randn(1, 3, D)
+    pre = sae.pre_activations(x)[0, 2]
+    outsider = int(pre.argmin())
+    small = Steerer(sae, sets={0: CompiledSet((CompiledEdit("bias", outsider, 1e-3),))})(x, place(1, 3))
+    torch.testing.assert_close(small, x, atol=1e-6, rtol=0)
+    push = float(pre.max() - pre[outsider]) + 1
+    large = Steerer(sae, sets={0: CompiledSet((CompiledEdit("bias", outsider, push),))})(x, place(1, 3))
+    weakest = int(sae.encode(x).indices[0, 2, -1])
+    moved = (large - x)[0, 2]
+    lost = float(sae.encode(x).values[0, 2, -1])
+    gained = float(pre[outsider]) + push
+    wanted = gained * sae.decoder_direction(outsider) - lost * sae.decoder_direction(weakest)
+    torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-5)
