@@ -1,0 +1,1 @@
+"""What latents mean: the index of labels, the examples behind them, and labels made without any API."""

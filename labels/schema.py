@@ -1,0 +1,48 @@
+"""The schema of the index as a list of steps. A file records the names of the steps it has had; it never goes back.
+
+To change the schema, append a function: its name is what files record, so names and order never change.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final
+
+from labels.errors import LabelError
+
+Migration = Callable[[sqlite3.Connection], None]
+
+
+def first_tables(db: sqlite3.Connection) -> None:
+    """Features, labels, the word index, packed examples and effects."""
+    for statement in (
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE labels (id INTEGER PRIMARY KEY, latent INTEGER NOT NULL, text TEXT NOT NULL, "
+        "author TEXT NOT NULL, created TEXT NOT NULL, score REAL)",
+        "CREATE INDEX labels_latent ON labels (latent)",
+        "CREATE TABLE features (latent INTEGER PRIMARY KEY, max_activation REAL, mean_on REAL, density REAL, "
+        "histogram BLOB, label INTEGER REFERENCES labels (id))",
+        "CREATE VIRTUAL TABLE words USING fts5 (text, content='', prefix='1 2 3', "
+        "tokenize='unicode61 remove_diacritics 2')",
+        "CREATE TABLE tokens (id INTEGER PRIMARY KEY, bytes BLOB NOT NULL)",
+        "CREATE TABLE examples (latent INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+        "CREATE TABLE effects (latent INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    ):
+        db.execute(statement)
+
+
+MIGRATIONS: Final[list[Migration]] = [first_tables]
+
+
+def mismatch(path: Path, done: Collection[str], missing: Collection[Migration], read_only: bool) -> LabelError | None:
+    """Why a file that has had the steps `done` cannot be opened here, or None."""
+    unknown = sorted(set(done) - {migration.__name__ for migration in MIGRATIONS})
+    if unknown:
+        why = f"the label index `{path}` was written by a newer version of steer (it knows `{unknown[0]}`)"
+        return LabelError(why, "update steer")
+    if missing and read_only:
+        why = f"the label index `{path}` was written by an older version of steer"
+        return LabelError(why, "open a copy of it for writing once, which brings it up to date")
+    return None
