@@ -2,22 +2,52 @@
 
 Plain Python. The session is the only place where a chat's state changes; screens and commands call its verbs and draw
 what it holds. It talks to an `EngineLike`, which is the real engine or a scripted one in tests.
+
+In chat mode the turns are messages. In completion mode they are one document, `Session.document`: user turns are what
+was typed, assistant turns what the model went on with, and nothing stands between them.
+
+One reply is written at a time, by whichever thread iterates `Session.reply`. Meanwhile only `change`, `steer` and plain
+settings such as `pace` may be touched from elsewhere; the set is one immutable object, so a change is one assignment.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from steer.edits import Edit, SteeringSet
-from steer.errors import SteerError
+from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
 
 Role = Literal["system", "user", "assistant"]
+Mode = Literal["chat", "completion"]
 MAX_SEED = 2**31 - 1
+REPLY_TOKENS = 400
+"""How long a chat reply may grow when nothing else is asked for."""
+
+log = logging.getLogger("steer")
+
+
+def check_seed(seed: int) -> int:
+    """`seed` itself; a `SteerError` when no generator takes it."""
+    if not 0 <= seed <= MAX_SEED:
+        raise SteerError(f"the seed is {seed}", f"seeds go from 0 to {MAX_SEED}")
+    return seed
+
+
+def check_max_tokens(count: int, context: int | None = None) -> int:
+    """`count` itself; a `SteerError` when a reply of so many tokens cannot be."""
+    if count < 1:
+        raise SteerError(f"the most tokens of a reply is {count}", "give at least 1")
+    if context is not None and count > context:
+        raise SteerError(f"a reply of {count} tokens does not fit: this model holds {context}")
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +79,21 @@ class Sampling:
     """0: off."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            (
+                "temperature",
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                "a number from 0",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            ("top_k", self.top_k >= 0, "a whole number from 0 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+        ):
+            if not fits:
+                raise SteerError(f"{name} is {getattr(self, name)}", f"{name} is {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +167,232 @@ class EngineLike(Protocol):
     def card(self, latent: int) -> FeatureCard: ...
 
     def labels(self, latents: Sequence[int]) -> dict[int, str]: ...
+
+
+@dataclass(slots=True)
+class Reply:
+    """One generated message: what it started with, what came of it. `events` is the truth; every view is made of it."""
+
+    seed: int
+    steering: SteeringSet
+    """The set at its start."""
+    timeline: list[tuple[int, SteeringSet]] = field(default_factory=list)
+    """(n, set): from token n of the reply on, the first being 0, tokens were picked under this set."""
+    prompt: PromptRead | None = None
+    events: list[TokenEvent] = field(default_factory=list)
+    finished: Finished | None = None
+    failed: Failed | None = None
+    asked: int = 0
+    """How often the engine has asked for the set: the number of tokens picked so far, the one under way included."""
+
+    @property
+    def text(self) -> str:
+        shown = "".join(event.text for event in self.events if not event.special)
+        return shown + (self.finished.text if self.finished else "")
+
+
+@dataclass(slots=True)
+class Turn:
+    """A message, or in completion mode a stretch of the document."""
+
+    role: Role
+    content: str
+    reply: Reply | None = None
+    """How the model wrote it; None for what a person wrote."""
+
+
+class StoreLike(Protocol):
+    """Where a session saves itself; `steer.store.Store` is one."""
+
+    def save(self, session: Session, name: str | None = None) -> object: ...
+
+
+class Session:
+    """A chat or a document with its steering set. Verbs raise `SteerError` for what cannot be done."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        *,
+        store: StoreLike | None = None,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        max_tokens: int = REPLY_TOKENS,
+        pace: float = 0.0,
+        mode: Mode = "chat",
+    ) -> None:
+        self.engine = engine
+        self.store = store
+        self.system = system
+        self.sampling = sampling or engine.defaults
+        self.seed = None if seed is None else check_seed(seed)
+        """None: a fresh seed is drawn for each reply; `Reply.seed` holds it."""
+        self.max_tokens = check_max_tokens(max_tokens)
+        self.pace = pace
+        """At most this many tokens a second; 0 is as fast as they come."""
+        self.mode: Mode = mode
+        self.name: str | None = None
+        """What the store calls it; None before it is first saved."""
+        self.turns: list[Turn] = []
+        self.steering = SteeringSet()
+        self.unsaved: str | None = None
+        """Why the last save failed, in one sentence; None when all is saved."""
+        self._writing = threading.Lock()
+        self._fallback: list[Turn] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being written."""
+        return self._writing.locked()
+
+    @property
+    def document(self) -> str:
+        """The whole text of completion mode."""
+        return "".join(turn.content for turn in self.turns)
+
+    def say(self, text: str) -> None:
+        """Adds a person's message; `reply` answers it."""
+        self._idle()
+        if not text.strip():
+            raise SteerError("the message is empty")
+        self._fallback = list(self.turns)
+        self.turns.append(Turn("user", text))
+
+    def complete(self, text: str) -> None:
+        """Makes `text` the document; `reply` goes on from its end. Turns that `text` still begins with stay."""
+        self._idle()
+        kept, start = 0, 0
+        while kept < len(self.turns) and text.startswith(self.turns[kept].content, start):
+            start += len(self.turns[kept].content)
+            kept += 1
+        del self.turns[kept:]
+        if text[start:]:
+            self.turns.append(Turn("user", text[start:]))
+        self._fallback = list(self.turns)
+
+    def regenerate(self) -> None:
+        """Takes the last reply back; `reply` then writes another in its place."""
+        self._idle()
+        if not any(turn.role == "assistant" for turn in self.turns[-1:]):
+            raise SteerError("there is no reply to write again", "say something first")
+        self._fallback = list(self.turns)
+        self.turns.pop()
+
+    def undo_last(self) -> list[Turn]:
+        """Takes back the last continuation, or in chat the last message with its reply; the turns removed, in order."""
+        self._idle()
+        count = 2 if self.mode == "chat" and [turn.role for turn in self.turns[-2:]] == ["user", "assistant"] else 1
+        gone = self.turns[-count:]
+        del self.turns[-count:]
+        self._fallback = None
+        return gone
+
+    def clear(self) -> None:
+        """Starts over: no turns, a new name; steering, sampling and system prompt stay."""
+        self._idle()
+        self.turns.clear()
+        self.name = self._fallback = None
+
+    def change(self, steering: SteeringSet) -> None:
+        """Steers with another set from the next token on; `SteerError` when one of its edits cannot run here."""
+        for edit in steering.edits:
+            self.engine.check(edit)
+        self.steering = steering
+
+    def steer(self, edit: Edit | str) -> Edit:
+        """Adds an edit to the set; the edit."""
+        edit = Edit.parse(edit) if isinstance(edit, str) else edit
+        self.change(self.steering.add(edit))
+        return edit
+
+    def reply(self, stop: threading.Event) -> Iterator[Event]:
+        """The events of the next reply, paced; setting `stop` ends it at the next token.
+
+        The reply stands in `turns` from its first moment and is saved when it ends, cancelled ones too. What goes wrong
+        comes as `Failed`; a reply that failed before anything was read leaves the turns as they were before `say`.
+        """
+        if not self._writing.acquire(blocking=False):
+            raise SteerError("a reply is still being written", "stop it first")
+        try:
+            fallback = list(self.turns) if self._fallback is None else self._fallback
+            self._fallback = None
+            prompt = self._prompt()
+            seed = random.SystemRandom().randint(0, MAX_SEED) if self.seed is None else self.seed
+            reply = Reply(seed, self.steering)
+            turn = Turn("assistant", "", reply)
+            self.turns.append(turn)
+            try:
+                yield from self._write(turn, reply, prompt, stop)
+            finally:  # also when the caller walks away, or interrupts
+                if reply.prompt is None and not reply.events and reply.finished is None:
+                    self.turns[:] = fallback
+                elif reply.finished is None:
+                    self._save()
+        finally:
+            self._writing.release()
+
+    def _write(self, turn: Turn, reply: Reply, prompt: Prompt, stop: threading.Event) -> Iterator[Event]:
+        due = time.monotonic()
+        try:
+            events = self.engine.stream(
+                [prompt],
+                lambda: self._take(reply),
+                sampling=self.sampling,
+                seeds=[reply.seed],
+                max_tokens=self.max_tokens,
+                stop=stop,
+            )
+            for event in events:
+                match event:
+                    case TokenEvent():
+                        reply.events.append(event)
+                        turn.content += "" if event.special else event.text
+                    case PromptRead():
+                        reply.prompt = event
+                    case Finished():
+                        reply.finished = event
+                        turn.content = reply.text
+                        self._save()
+                    case Failed():
+                        reply.failed = event
+                yield event
+                if isinstance(event, TokenEvent) and self.pace > 0:
+                    due = max(due + 1 / self.pace, time.monotonic() - 1 / self.pace)
+                    stop.wait(max(0.0, due - time.monotonic()))
+        except EXPLAINED as error:
+            reply.failed = Failed(sentence(error), getattr(error, "hint", None))
+            yield reply.failed
+        except Exception as error:  # a bug or the device's memory: the log has the traceback, the chat goes on
+            log.exception("the reply broke")
+            reply.failed = Failed(f"the reply broke: {sentence(error)}", "`steer doctor` says where the log is")
+            yield reply.failed
+
+    def _take(self, reply: Reply) -> SteeringSet:
+        """The set for the next token, asked for once before each; notes in the timeline when it changed."""
+        steering = self.steering
+        reply.asked += 1
+        if not reply.timeline or reply.timeline[-1][1] != steering:
+            reply.timeline.append((reply.asked - 1, steering))
+        return steering
+
+    def _prompt(self) -> Prompt:
+        if self.mode == "completion":
+            return Prompt(text=self.document)
+        if not any(turn.role == "user" for turn in self.turns[-1:]):
+            raise SteerError("there is no message to answer", "say something first")
+        head: tuple[tuple[Role, str], ...] = (("system", self.system),) if self.system else ()
+        return Prompt(messages=head + tuple((turn.role, turn.content) for turn in self.turns if turn.content))
+
+    def _save(self) -> None:
+        if self.store is None:
+            return
+        try:
+            self.store.save(self)
+            self.unsaved = None
+        except EXPLAINED as error:
+            self.unsaved = sentence(error)
+
+    def _idle(self) -> None:
+        if self.busy:
+            raise SteerError("a reply is still being written", "stop it first")
