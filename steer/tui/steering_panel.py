@@ -1,0 +1,447 @@
+"""The Steering pane: each edit with its slider, its strength in every unit, and what it did in the last reply.
+
+Every key makes a whole new `SteeringSet`, shows it at once and posts it; the panel never changes one in place.
+Strengths step in the unit that is shown: multiples of the latent's max, or percent of the residual norm where no max is
+known. The engine's `readout` of one raw unit gives both rates: a typed `13.6` becomes `1.1x` when it is first stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.events import Resize
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from steer.edits import PLACES, Edit, Kind, SteeringSet, Strength, Unit
+from steer.errors import EXPLAINED, SteerError
+from steer.events import EditReport, Report
+from steer.session import Readout
+from steer.tui import palette
+from steer.tui.palette import BOLD, DIM, PLAIN, Part
+
+EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer 21863 +1x."
+LOUD = 60
+"""Percent of the residual norm above which, all edits together, text tends to fall apart."""
+HINTS = (
+    "left/right step   shift bigger   = exact   - flip   0 zero",
+    "a add   c clamp   x ablate   % scale   p bias   w where",
+    "space mute   Del remove   Enter card   R send again",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How a unit is shown and stepped."""
+
+    reach: float
+    """The slider goes from minus this to plus this."""
+    step: float
+    digits: int
+    start: float
+    """The strength of an edit that had none."""
+    ends: str
+
+
+SCALES: dict[Unit, Scale] = {
+    "max": Scale(2, 0.05, 2, 1, "2"),
+    "norm": Scale(100, 1, 1, 20, "100%"),
+    "raw": Scale(20, 0.5, 2, 5, "20"),
+}
+
+
+class SteeringPanel(Widget, can_focus=True):
+    """Up and down choose an edit, left and right change it."""
+
+    DEFAULT_CSS = """
+    SteeringPanel { height: 1fr; }
+    SteeringPanel .steering-panel--chosen { text-style: bold; color: $text-accent; }
+    SteeringPanel .steering-panel--warning { color: $text-warning; }
+    """
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"steering-panel--chosen", "steering-panel--warning"}
+    HELP = (
+        "add puts v times the feature's direction into the residual stream after the features are read, whatever the "
+        "feature does itself: it always acts. bias adds v to the feature before the activation, where latents compete "
+        "for k places: a small one may change nothing, a large one may push another feature out; the report says at "
+        "how many tokens it lost. clamp sets the feature to v (c again: only where it is on), scale multiplies it, "
+        "ablate takes it out."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "choose(-1)", "Previous edit"),
+        Binding("down,j", "choose(1)", "Next edit"),
+        Binding("shift+up,K", "move(-1)", "Move the edit up"),
+        Binding("shift+down,J", "move(1)", "Move the edit down"),
+        Binding("left,h", "step(-1)", "Weaker, one step (0.05 x max)"),
+        Binding("right,l", "step(1)", "Stronger, one step (0.05 x max)"),
+        Binding("shift+left,H", "step(-5)", "Weaker, five steps"),
+        Binding("shift+right,L", "step(5)", "Stronger, five steps"),
+        Binding("equals_sign", "exact", "Type an exact strength"),
+        Binding("minus", "flip", "Flip the sign"),
+        Binding("0", "zero", "Zero"),
+        Binding("a", "kind('add')", "Add"),
+        Binding("c", "kind('clamp')", "Clamp; again: only where it is on"),
+        Binding("x", "kind('ablate')", "Ablate"),
+        Binding("percent_sign", "kind('scale')", "Scale"),
+        Binding("p", "kind('bias')", "Bias, before the activation"),
+        Binding("space", "mute", "Mute"),
+        Binding("delete,backspace", "remove", "Remove"),
+        Binding("w", "place", "Which tokens: all, generated, prompt"),
+        Binding("W", "special_tokens", "First and special tokens too"),
+        Binding("enter", "open", "Open the feature's card"),
+        Binding("R", "resend", "Send the last message again"),
+    ]
+
+    @dataclass
+    class Changed(Message):
+        """A key made this set."""
+
+        steering: SteeringSet
+
+    @dataclass
+    class Exact(Message):
+        """A strength is to be typed for the edit at this place."""
+
+        place: int
+
+    @dataclass
+    class Open(Message):
+        latent: int
+
+    class Resend(Message):
+        """The last message is to be sent again."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self.steering = SteeringSet()
+        self.selected = 0
+        """Place of the chosen edit."""
+        self._labels: Mapping[int, str] = {}
+        self._readouts: Callable[[Edit], Readout | None] = lambda _: None
+        self._report: Report | None = None
+        self._resid_total: float | None = None
+        self._strips: list[Strip] = []
+        self.border_title = palette.title("Steering")
+
+    def show(
+        self,
+        steering: SteeringSet,
+        *,
+        labels: Mapping[int, str],
+        readouts: Callable[[Edit], Readout | None],
+        report: Report | None,
+        resid_total: float | None = None,
+    ) -> None:
+        """Draws a set and the last reply's report; `resid_total`, in percent, is summed from the readouts when absent."""
+        grown = len(steering.edits) > len(self.steering.edits)
+        self.steering, self._labels, self._readouts, self._report = steering, labels, readouts, report
+        self._resid_total = resid_total
+        last = len(steering.edits) - 1
+        self.selected = last if grown else max(0, min(self.selected, last))
+        self._draw()
+
+    def select(self, place: int) -> None:
+        """Chooses the edit at `place`."""
+        self.selected = max(0, min(place, len(self.steering.edits) - 1))
+        self._draw()
+
+    @property
+    def edit(self) -> Edit | None:
+        """The chosen edit."""
+        return self.steering.edits[self.selected] if self.selected < len(self.steering.edits) else None
+
+    # Strengths
+
+    def _readout(self, edit: Edit) -> Readout | None:
+        try:
+            return self._readouts(edit)
+        except EXPLAINED:
+            return (
+                None  # A latent this SAE does not have, or a unit without its reference: the row shows what was typed.
+            )
+
+    def _rates(self, latent: int) -> Readout:
+        """What one raw unit of a latent is in the other units."""
+        return self._readout(Edit(latent, "add", Strength(1.0))) or Readout(1.0, None, None)
+
+    def unit(self, latent: int) -> Unit:
+        """The unit in which a latent's strength is shown and stepped."""
+        rates = self._rates(latent)
+        return "max" if rates.of_max else "norm" if rates.of_norm else "raw"
+
+    def value(self, edit: Edit) -> float | None:
+        """An edit's strength in the unit that is shown; None for `ablate`, the factor for `scale`."""
+        if edit.strength is None or edit.kind == "scale":
+            return None if edit.strength is None else edit.strength.number
+        unit, rates = self.unit(edit.latent), self._rates(edit.latent)
+        if edit.strength.unit == unit:
+            return edit.strength.number
+        per_raw: dict[Unit, float | None] = {"raw": 1.0, "max": rates.of_max, "norm": rates.of_norm}
+        have, want = per_raw[edit.strength.unit], per_raw[unit]
+        return edit.strength.number / have * want if have and want else edit.strength.number
+
+    def _strength(self, edit: Edit, value: float) -> Edit:
+        """The edit with a strength in the shown unit, rounded as it is shown."""
+        unit: Unit = "raw" if edit.kind == "scale" else self.unit(edit.latent)
+        digits = 2 if edit.kind == "scale" else SCALES[unit].digits
+        return replace(edit, strength=Strength(round(value, digits) + 0.0, unit))
+
+    def become(self, edit: Edit, kind: Kind) -> Edit:
+        """The edit as another kind, with its number kept where it means the same, else a sensible one."""
+        if kind == "ablate":
+            return replace(edit, kind=kind, strength=None, if_on=False)
+        if kind == "scale":
+            return replace(edit, kind=kind, strength=Strength(2.0), if_on=False)
+        if edit.strength is None or edit.kind == "scale":
+            unit = self.unit(edit.latent)
+            return replace(edit, kind=kind, strength=Strength(SCALES[unit].start, unit), if_on=False)
+        return replace(edit, kind=kind, if_on=edit.if_on and kind == "clamp")
+
+    # Keys
+
+    def _change(self, steering: SteeringSet) -> None:
+        self.steering = steering
+        self.selected = max(0, min(self.selected, len(steering.edits) - 1))
+        self._draw()
+        self.post_message(self.Changed(steering))
+
+    def _put(self, edit: Edit) -> None:
+        self._change(self.steering.put(self.selected, edit))
+
+    def action_choose(self, step: int) -> None:
+        self.select(self.selected + step)
+
+    def action_move(self, step: int) -> None:
+        to = self.selected + step
+        if self.edit is not None and 0 <= to < len(self.steering.edits):
+            steering = self.steering.move(self.selected, to)
+            self.selected = to
+            self._change(steering)
+
+    def action_step(self, steps: int) -> None:
+        edit = self.edit
+        if edit is not None and (value := self.value(edit)) is not None:
+            step = 0.05 if edit.kind == "scale" else SCALES[self.unit(edit.latent)].step
+            self._put(self._strength(edit, value + steps * step))
+
+    def action_flip(self) -> None:
+        edit = self.edit
+        if edit is not None and edit.strength is not None:
+            self._put(replace(edit, strength=replace(edit.strength, number=0.0 - edit.strength.number)))
+
+    def action_zero(self) -> None:
+        edit = self.edit
+        if edit is not None and edit.strength is not None:
+            self._put(self._strength(edit, 0.0))
+
+    def action_kind(self, kind: Kind) -> None:
+        edit = self.edit
+        if edit is None:
+            return
+        if kind == edit.kind == "clamp":
+            self._put(replace(edit, if_on=not edit.if_on))
+        elif kind != edit.kind:
+            self._put(self.become(edit, kind))
+
+    def action_mute(self) -> None:
+        if (edit := self.edit) is not None:
+            self._put(replace(edit, muted=not edit.muted))
+
+    def action_remove(self) -> None:
+        if self.edit is not None:
+            self._change(self.steering.remove(self.selected))
+
+    def action_place(self) -> None:
+        if (edit := self.edit) is not None:
+            order = ("all", "generated", "prompt")
+            self._put(replace(edit, place=PLACES[PLACES.index(order[(order.index(edit.place) + 1) % 3])]))
+
+    def action_special_tokens(self) -> None:
+        self._change(replace(self.steering, special_tokens=not self.steering.special_tokens))
+
+    def action_exact(self) -> None:
+        if (edit := self.edit) is not None and edit.kind != "ablate":
+            self.post_message(self.Exact(self.selected))
+
+    def action_open(self) -> None:
+        if (edit := self.edit) is not None:
+            self.post_message(self.Open(edit.latent))
+
+    def action_resend(self) -> None:
+        self.post_message(self.Resend())
+
+    # Drawing
+
+    def on_resize(self, event: Resize) -> None:
+        self._draw()
+
+    def on_focus(self) -> None:
+        self._draw()
+
+    def on_blur(self) -> None:
+        self._draw()
+
+    def notify_style_update(self) -> None:
+        super().notify_style_update()
+        if self.is_mounted:
+            self._draw()
+
+    def render_line(self, y: int) -> Strip:
+        if y < len(self._strips):
+            return self._strips[y]
+        return palette.strip((), self.size.width, self.rich_style)
+
+    def _draw(self) -> None:
+        live, edits = len([e for e in self.steering.edits if not e.muted]), len(self.steering.edits)
+        state = (
+            "bypassed" if self.steering.bypass else f"{live} on" + (f", {edits - live} muted" if edits > live else "")
+        )
+        self.border_subtitle = palette.title(state if edits else "")
+        width, height = self.size.width, self.size.height
+        self._strips = [palette.strip(row, width, self.rich_style) for row in self._rows(width, height)[:height]]
+        self.refresh()
+
+    def _rows(self, width: int, height: int) -> list[list[Part]]:
+        if not self.steering.edits:
+            return [[(text, DIM)] for text in palette.wrapped(EMPTY, width)]
+        wide = width >= 60
+        blocks = [self._block(place, edit, width, wide) for place, edit in enumerate(self.steering.edits)]
+        if wide and sum(map(len, blocks)) + len(blocks) + 3 <= height:
+            blocks = [[*block, []] for block in blocks]
+        foot = self._foot(width) if height >= 6 else []
+        space = max(height - len(foot), 1)
+        # The chosen edit is always seen from its first row, with as much around it as there is room for.
+        start = sum(map(len, blocks[: self.selected]))
+        end = start + len(blocks[self.selected])
+        rows = [row for block in blocks for row in block]
+        top = min(start, max(0, end - space), max(0, len(rows) - 1))
+        rows = rows[top : top + space]
+        rows += [[] for _ in range(min(space - len(rows), 1))]
+        rows += foot
+        hints = [text for hint in HINTS for text in palette.wrapped(hint, width)]
+        if len(rows) + 1 + len(hints) <= height:
+            rows += [[], *([(hint, DIM)] for hint in hints)]
+        return rows
+
+    def _block(self, place: int, edit: Edit, width: int, wide: bool) -> list[list[Part]]:
+        chosen = place == self.selected
+        style = self.get_component_rich_style("steering-panel--chosen", partial=True) if chosen else PLAIN
+        if chosen and self.has_focus:
+            style += palette.REVERSE
+        muted = DIM if edit.muted or self.steering.bypass else PLAIN
+        tag = palette.TAGS[place] if place < len(palette.TAGS) else " "
+        kind = edit.kind + (" if on" if edit.if_on else "")
+        kind += {"all": "", "generated": " gen", "prompt": " prompt"}[edit.place] + (" MUTE" if edit.muted else "")
+        label = palette.fit(self._labels.get(edit.latent) or "(no label)", max(width - 12 - len(kind), 0))
+        head: list[Part] = [
+            ("> " if chosen else "  ", style),
+            (tag, palette.tag_style(tag, palette.is_colourless(self.app))),
+            (f" {edit.latent:>5} {label} ", style + muted),
+            (kind, BOLD + muted),
+        ]
+        rows = [head]
+        value = self.value(edit)
+        if value is not None and edit.kind != "scale":
+            rows.append([(self._slider(edit, value, width), muted)])
+        fired = self._fired(edit)
+        facts = self._facts(edit, value)
+        if fired and wide:
+            facts, fired = f"{facts}    {fired}", ""
+        rows.append([(facts, muted)])
+        if fired:
+            rows.append([(f"     {fired}", DIM)])
+        return rows
+
+    def _slider(self, edit: Edit, value: float, width: int) -> str:
+        """`  -2 ...|..┊..|====O..|.. +2`: add a bar from 0, bias a bar of ~, clamp a point."""
+        scale = SCALES[self.unit(edit.latent)]
+        left, right = f"-{scale.ends} ".rjust(5), f" +{scale.ends}"
+        cells = max(width - len(left) - len(right) - 1, 3) | 1
+
+        def cell(at: float) -> int:
+            return min(max(round((at / scale.reach + 1) / 2 * (cells - 1)), 0), cells - 1)
+
+        drawn = ["."] * cells
+        rates = self._rates(edit.latent)
+        here = {"max": rates.of_max, "norm": rates.of_norm, "raw": 1.0}[self.unit(edit.latent)]
+        if rates.of_norm and here and (half := abs(50 / rates.of_norm * here)) < scale.reach:
+            drawn[cell(half)] = drawn[cell(-half)] = "┊"
+        for mark in (-scale.reach / 2, 0, scale.reach / 2):
+            drawn[cell(mark)] = "|" if drawn[cell(mark)] == "." else drawn[cell(mark)]
+        at, zero = cell(value), cell(0)
+        if edit.kind != "clamp":
+            for place in range(min(at, zero), max(at, zero)):
+                if place != zero:
+                    drawn[place] = "~" if edit.kind == "bias" else "="
+        drawn[at] = "O"
+        return left + "".join(drawn) + right + (">" if abs(value) > scale.reach else "")
+
+    def _facts(self, edit: Edit, value: float | None) -> str:
+        if value is None:
+            return "     contributes nothing"
+        if edit.kind == "scale":
+            return f"     x {value:g} its own activation"
+        unit, readout = self.unit(edit.latent), self._readout(edit)
+        lead = " pre " if edit.kind == "bias" else "     "
+        shown = {"max": f"{value:+.2f} x max", "norm": f"{value:+.0f}% of |x|", "raw": f"{value:+.2f} raw"}[unit]
+        text = lead + (shown if value else "0")
+        if readout is not None and value:
+            text += f"   a {palette.number(readout.raw)}" if unit != "raw" else ""
+            text += f"   {abs(readout.of_norm):.0f}% of |x|" if readout.of_norm is not None and unit != "norm" else ""
+        return text
+
+    def _fired(self, edit: Edit) -> str:
+        """What the edit did in the last reply, from the engine's report alone."""
+        found = self._reported(edit)
+        if found is None:
+            return ""
+        if not found.positions:
+            return "acted nowhere in the last reply"
+        lost = f", lost at {found.lost} of {found.positions}" if found.lost else ""
+        if edit.kind == "ablate" and found.before is not None:
+            return f"was {palette.number(found.before)} mean last reply"
+        return f"fired {palette.number(found.after)} mean last reply{lost}"
+
+    def _reported(self, edit: Edit) -> EditReport | None:
+        reports = self._report.edits if self._report is not None else ()
+        for report in reports:
+            if report.text == str(edit):
+                return report
+        for report in reports:
+            try:
+                told = Edit.parse(report.text)
+            except SteerError:
+                continue
+            if (told.latent, told.kind) == (edit.latent, edit.kind):
+                return report
+        return None
+
+    def total(self) -> float | None:
+        """Percent of the residual norm of all live edits together, as if they pointed the same way; None if unknown."""
+        if self._resid_total is not None:
+            return self._resid_total
+        known = [readout.of_norm for edit in self.steering.live if (readout := self._readout(edit)) is not None]
+        sizes = [abs(size) for size in known if size is not None]
+        return sum(sizes) if sizes else None
+
+    def _foot(self, width: int) -> list[list[Part]]:
+        edit = self.edit
+        assert edit is not None
+        where = {"all": "prompt and generated", "generated": "generated", "prompt": "prompt"}[edit.place]
+        skip = "special ones too" if self.steering.special_tokens else "not first or special"
+        rows: list[list[Part]] = [[("where  ", DIM), (f"{where} tokens, {skip}", PLAIN)]]
+        if width >= 60:
+            rows[0].append(("  (w, W change)", DIM))
+        total = self.total()
+        if total is not None:
+            row: list[Part] = [("total  ", DIM), (f"{total:.0f}% of |x|", PLAIN)]
+            if total > LOUD:
+                words = (
+                    f"   over {LOUD}% text tends to fall apart" if width >= 60 else f"  over {LOUD}%: may fall apart"
+                )
+                row.append((words, self.get_component_rich_style("steering-panel--warning", partial=True)))
+            rows.append(row)
+        return rows
