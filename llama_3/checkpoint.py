@@ -22,8 +22,8 @@ def load_model(
 ) -> Transformer:
     """The model in a Hugging Face folder, weights frozen; `dtype="auto"` keeps the file's.
 
-    OSError or ValueError, one sentence each: no folder, no weights, not a Llama, a file cut short, a tensor missing, left over
-    or of the wrong shape.
+    OSError or ValueError, one sentence each: no folder, no weights, not a Llama, a file cut short, a tensor missing,
+    left over or of the wrong shape.
     """
     folder = Path(folder)
     config = read_config(folder)
