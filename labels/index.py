@@ -183,6 +183,12 @@ class LabelIndex:
         sql = "SELECT latent, text, author, created, score FROM labels WHERE latent = ? ORDER BY id DESC"
         return [Label(*row) for row in self._rows(sql, [latent])]
 
+    def all_labels(self) -> list[Label]:
+        """Every label ever given, oldest first."""
+        return [
+            Label(*row) for row in self._rows("SELECT latent, text, author, created, score FROM labels ORDER BY id")
+        ]
+
     def latents(self) -> list[int]:
         """The latents in the index, in order."""
         return [row[0] for row in self._rows("SELECT latent FROM features ORDER BY latent")]

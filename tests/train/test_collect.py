@@ -1,0 +1,165 @@
+"""Text through a tiny model and a random SAE into an index, checked against plain loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from labels.index import LabelIndex
+from llama_3.hooks import HookPoint
+from sae.checkpoint import Stats, load_sae, save_sae
+from sae.model import SAE, SAEConfig
+from tests.tiny import byte_tokenizer, tiny_config, tiny_model
+from train.collect import collect, collect_contexts, logit_effects, write_index
+
+F, K, HOOK = 48, 4, "blocks.0.hook_resid_post"
+TEXT = "the cat sat on the mat.\n<|endoftext|>\na dog\n<|endoftext|>\n" + "one two three, four and five! " * 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    return tiny_model(1, tiny_config(tied=False))
+
+
+@pytest.fixture(scope="module")
+def sae():
+    made = SAE(SAEConfig(d_in=32, d_sae=F, k=K, hook=HOOK))
+    draws = torch.Generator().manual_seed(0)
+    made.W_enc_FD.data = torch.randn(F, 32, generator=draws)
+    made.W_dec_FD.data = torch.nn.functional.normalize(torch.randn(F, 32, generator=draws), dim=1)
+    made.b_enc_F.data[-3:] = -1e6  # never active
+    return made
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def by_hand(model, sae, contexts):
+    """(activation, context, place) of every hit, one context at a time, no padding."""
+    hits = {latent: [] for latent in range(F)}
+    positions, norms = 0, []
+    for number, tokens in enumerate(contexts):
+        resid = model.forward(torch.tensor([tokens]), stop_after=HookPoint.parse(HOOK))[0]
+        latents = sae.encode(resid)
+        for place, token in enumerate(tokens):
+            if place == 0 or token >= 256:
+                continue
+            positions += 1
+            norms.append(float(resid[place].norm()))
+            for latent, value in zip(latents.indices[place].tolist(), latents.values[place].tolist(), strict=True):
+                if value > 0:
+                    hits[latent].append((value, number, place))
+    return hits, positions, float(np.median(norms))
+
+
+def test_what_is_collected_equals_a_plain_loop(model, sae):
+    tokenizer = byte_tokenizer()
+    contexts = [tokenizer.encode(part, bos=True) for part in ("hello there", "a", "the cat, the mat and the hat")]
+    contexts[2].insert(5, tokenizer.eot_id)
+    hits, positions, norm = by_hand(model, sae, contexts)
+    found = collect_contexts(model, sae, tokenizer, contexts, batch_tokens=30)
+    assert found.stats.tokens == positions
+    assert found.stats.resid_norm == pytest.approx(norm, rel=0.05)
+    for latent, each in hits.items():
+        values = [value for value, _, _ in each] or [0.0]
+        assert float(found.stats.max_F[latent]) == pytest.approx(max(values), rel=1e-4)
+        assert float(found.stats.mean_on_F[latent]) == pytest.approx(np.mean(values), rel=1e-4)
+        assert float(found.stats.density_F[latent]) == pytest.approx(len(each) / positions)
+        assert bool(found.store.examples(latent)) == bool(each)
+
+
+def test_collect_makes_a_whole_index(model, sae, text, tmp_path):
+    out = tmp_path / "index.db"
+    seen = []
+    counts = collect(
+        model, sae, byte_tokenizer(), [text], out, seed=3, meta={"model": "abc"}, progress=lambda *at: seen.append(at)
+    )
+    assert counts["contexts"] == 3 and counts["tokens"] == seen[-1][0] - 3
+    assert counts["latents"] + counts["dead"] == F and counts["dead"] >= 3
+    assert sorted(tmp_path.iterdir()) == sorted([text, out])
+    with LabelIndex(out, read_only=True) as index:
+        assert index.meta() | {"model": "abc", "hook": HOOK, "d_sae": str(F), "seed": "3"} == index.meta()
+        assert index.count("") == F and index.count("is:dead") == counts["dead"]
+        strongest = max(index.search("", limit=F), key=lambda feature: feature.max_activation)
+        top = index.examples(strongest.latent, "top")[0]
+        assert top.activations[top.peak] == pytest.approx(strongest.max_activation, rel=1e-3)
+        assert "".join(top.tokens) in TEXT
+        assert sum(index.histogram(strongest.latent)) == round(strongest.density * counts["tokens"])
+        assert sum(len(index.examples(latent)) for latent in range(F)) == counts["examples"]
+        up, down = index.effects(strongest.latent)
+        assert len(up) == len(down) == 8 and up[0][1] >= up[-1][1] > 0 > down[-1][1] >= down[0][1]
+
+
+def test_effects_are_the_logit_lens(model, sae):
+    model.norm.weight.data = torch.linspace(0.5, 1.5, 32)
+    latent, up, down = list(logit_effects(model, sae, byte_tokenizer()))[7]
+    direction = sae.decoder_direction(latent).double() * model.norm.weight.double()
+    logits = (model.unembedding_VD.double() @ direction)[:256]  # the special tokens take no part
+    logits -= logits.mean()
+    order = logits.argsort(descending=True).tolist()
+    assert latent == 7 and [token for token, _ in up] == order[:8]
+    assert [token for token, _ in down] == order[::-1][:8]
+    np.testing.assert_allclose([value for _, value in up], logits[order[:8]], rtol=1e-5)
+    model.norm.weight.data = torch.ones(32)
+
+
+def test_max_tokens_cuts_the_reading(model, sae, text, tmp_path):
+    counts = collect(model, sae, byte_tokenizer(), [text], tmp_path / "i.db", max_tokens=30)
+    assert counts["contexts"] == 2 and counts["tokens"] == 28
+
+
+def test_the_index_shows_the_statistics_of_the_sae(model, sae, text, tmp_path):
+    tokenizer, folder = byte_tokenizer(), tmp_path / "sae"
+    save_sae(folder, sae)
+    collect(model, sae, tokenizer, [text], tmp_path / "a.db", stats_folder=folder)
+    loaded = load_sae(folder)
+    with LabelIndex(tmp_path / "a.db") as index:
+        measured = [index.feature(latent).max_activation for latent in range(F)]
+    assert measured == loaded.stats.max_F.tolist()
+    loaded.stats = Stats(torch.full((F,), 7.0), torch.ones(F), torch.full((F,), 0.5), 1.0, 10)
+    collect(model, loaded, tokenizer, [text], tmp_path / "b.db", stats_folder=folder)
+    with LabelIndex(tmp_path / "b.db") as index:
+        assert index.feature(3).max_activation == 7.0 and index.feature(3).density == 0.5
+    assert load_sae(folder).stats.max_F.tolist() == measured
+
+
+def test_an_interrupted_run_leaves_the_index_that_was_there(model, sae, text, tmp_path):
+    out = tmp_path / "index.db"
+    collect(model, sae, byte_tokenizer(), [text], out)
+    before = out.read_bytes()
+
+    def stop(read, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, sae, byte_tokenizer(), [text], out, progress=stop)
+    assert out.read_bytes() == before and sorted(tmp_path.iterdir()) == sorted([text, out])
+
+
+def test_collecting_again_keeps_labels_and_refuses_another_sae(model, sae, text, tmp_path):
+    out, tokenizer = tmp_path / "index.db", byte_tokenizer()
+    found = collect_contexts(model, sae, tokenizer, [tokenizer.encode("the cat", bos=True)])
+    write_index(model, sae, tokenizer, found, out, meta={"sae": "one"})
+    with LabelIndex(out) as index:
+        index.add_label(5, "first", "you")
+        index.add_label(5, "cats", "you")
+    write_index(model, sae, tokenizer, found, out, meta={"sae": "one"})
+    with LabelIndex(out) as index:
+        assert [label.text for label in index.history(5)] == ["cats", "first"]
+        assert [feature.latent for feature in index.search("cat")] == [5]
+    with pytest.raises(ValueError, match="index of another SAE"):
+        write_index(model, sae, tokenizer, found, out, meta={"sae": "two"})
+
+
+def test_what_does_not_fit_is_refused(model, sae, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(ValueError, match="no token"):
+        collect(model, sae, byte_tokenizer(), [empty], tmp_path / "i.db")
+    with pytest.raises(ValueError, match="width of 16"):
+        narrow = SAE(SAEConfig(d_in=16, d_sae=8, k=2, hook=HOOK))
+        collect(model, narrow, byte_tokenizer(), [empty], tmp_path / "i.db")
