@@ -2,7 +2,7 @@
 
 Every row has its own generator and is cut, renormalised and drawn by itself, so it gets the same token alone and in any
 batch. The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. What is *reported*
-(log-probability, entropy, alternatives) is always the model's own distribution: no temperature, no penalty, nothing cut off.
+(log-probability, entropy, alternatives) is always the model's own distribution: no temperature, penalty or cut.
 Suffixes: B rows, V vocabulary, A alternatives.
 """
 
