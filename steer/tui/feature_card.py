@@ -53,10 +53,6 @@ class FeatureCardView(ScrollView, can_focus=True):
     def on_resize(self, event: Resize) -> None:
         self._draw()
 
-    def on_mount(self) -> None:
-        super().on_mount()  # type: ignore[no-untyped-call]  # untyped in Textual
-        self._draw()
-
     def _draw(self) -> None:
         width = self.scrollable_content_region.width
         if self.card is None:

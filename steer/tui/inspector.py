@@ -78,7 +78,7 @@ class Inspector(Widget, can_focus=True):
         history: Sequence[TokenEvent],
         tags: Mapping[int, str] | None = None,
     ) -> None:
-        """Draws a token. `history` are the events of its reply; `tags` letters of features, else `a` for the painted."""
+        """Draws a token. `history` is its reply; `tags` are letters of features, by default `a` for the painted."""
         self.event, self._labels, self._maxima, self._painted = event, labels, maxima, painted
         self._tags = tags if tags is not None else {} if painted is None else {painted: "a"}
         self._history = history
@@ -125,7 +125,7 @@ class Inspector(Widget, can_focus=True):
         space = height - len(rows) - len(tail)
         if space > 3:
             head = "features on here"
-            rows.append([(head + "act   of max".rjust(width - len(head)) if width > 30 else head, DIM)])
+            rows.append([(head + "of max   act".rjust(width - len(head)) if width > 30 else head, DIM)])
             space -= 1
         hits, chosen = event.hits, self._chosen()
         first = max(0, min(chosen - space // 2, len(hits) - space))
@@ -156,14 +156,14 @@ class Inspector(Widget, can_focus=True):
         tag = self._tags.get(hit.latent, " ")
         cells = max(4, width // 6) if width >= 26 else 0
         amount = palette.number(hit.activation).rjust(5)
-        label = palette.fit(self._labels.get(hit.latent) or "(no label)", max(width - 8 - cells - 7, 0))
+        label = palette.fit(self._labels.get(hit.latent) or "(no label)", max(width - 9 - cells - 7, 0))
         top = self.event.hits[0].activation if self.event is not None else None
         drawn = palette.bar(hit.activation, self._maxima(hit.latent) or top, cells)
         colourless = palette.is_colourless(self.app)
         band = palette.band_style(palette.band(hit.activation, self._maxima(hit.latent)), colourless)
-        mark = ">" if chosen and tag == " " else tag
         return [
-            (mark, palette.tag_style(tag, colourless) if tag != " " else style),
+            (">" if chosen else " ", style),
+            (tag, palette.tag_style(tag, colourless)),
             (f" {hit.latent:>5} {label} ", style),
             (drawn, PLAIN),
             (" " if cells else "", PLAIN),

@@ -135,8 +135,8 @@ class SteeringPanel(Widget, can_focus=True):
         report: Report | None,
         resid_total: float | None = None,
     ) -> None:
-        """Draws a set and the last reply's report; `resid_total`, in percent, is summed from the readouts when absent."""
-        grown = len(steering.edits) > len(self.steering.edits)
+        """Draws a set with the last reply's report; without `resid_total` (percent) the readouts are summed."""
+        grown = len(steering.edits) == len(self.steering.edits) + 1
         self.steering, self._labels, self._readouts, self._report = steering, labels, readouts, report
         self._resid_total = resid_total
         last = len(steering.edits) - 1
@@ -400,10 +400,11 @@ class SteeringPanel(Widget, can_focus=True):
             return ""
         if not found.positions:
             return "acted nowhere in the last reply"
-        lost = f", lost at {found.lost} of {found.positions}" if found.lost else ""
         if edit.kind == "ablate" and found.before is not None:
             return f"was {palette.number(found.before)} mean last reply"
-        return f"fired {palette.number(found.after)} mean last reply{lost}"
+        if found.lost:
+            return f"fired {palette.number(found.after)} mean, lost {found.lost} of {found.positions} tokens"
+        return f"fired {palette.number(found.after)} mean last reply"
 
     def _reported(self, edit: Edit) -> EditReport | None:
         reports = self._report.edits if self._report is not None else ()
@@ -430,18 +431,20 @@ class SteeringPanel(Widget, can_focus=True):
     def _foot(self, width: int) -> list[list[Part]]:
         edit = self.edit
         assert edit is not None
-        where = {"all": "prompt and generated", "generated": "generated", "prompt": "prompt"}[edit.place]
-        skip = "special ones too" if self.steering.special_tokens else "not first or special"
-        rows: list[list[Part]] = [[("where  ", DIM), (f"{where} tokens, {skip}", PLAIN)]]
-        if width >= 60:
-            rows[0].append(("  (w, W change)", DIM))
+        wide = width >= 60
+        tokens = {"all": "prompt and generated" if wide else "all", "generated": "generated", "prompt": "prompt"}
+        if wide:
+            skip = "special ones too" if self.steering.special_tokens else "not the first, not special ones"
+        else:
+            skip = "special too" if self.steering.special_tokens else "none special"
+        rows: list[list[Part]] = [[("where  ", DIM), (f"{tokens[edit.place]} tokens, {skip}", PLAIN)]]
+        if wide:
+            rows[0].append(("    (w, W change)", DIM))
         total = self.total()
         if total is not None:
             row: list[Part] = [("total  ", DIM), (f"{total:.0f}% of |x|", PLAIN)]
             if total > LOUD:
-                words = (
-                    f"   over {LOUD}% text tends to fall apart" if width >= 60 else f"  over {LOUD}%: may fall apart"
-                )
+                words = f"   over {LOUD}% text tends to fall apart" if wide else ", may fall apart"
                 row.append((words, self.get_component_rich_style("steering-panel--warning", partial=True)))
             rows.append(row)
         return rows

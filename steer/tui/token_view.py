@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from rich.style import Style
 from textual.binding import Binding, BindingType
@@ -26,54 +26,11 @@ from textual.strip import Strip
 from steer.events import TokenEvent
 from steer.tui import palette
 from steer.tui.palette import Part
-from steer.tui.wrap import TAB, Line, Piece, Wrapped
+from steer.tui.wrap import TAB, Line, Piece, Role, Section
 
-Role = Literal["user", "assistant", "notice", "prompt"]
-BODY, TAIL = -1, -2
-"""Token numbers of plain text before and after a section's tokens."""
 INDENT = 2
 SLACK = 2
 """Rows from the bottom within which a growing text is followed."""
-
-
-@dataclass(slots=True, eq=False)
-class Section:
-    key: str
-    title: str
-    role: Role
-    width: int
-    body: str = ""
-    tail: str = ""
-    events: list[TokenEvent] = field(default_factory=list)
-    wrapped: Wrapped = field(init=False)
-    strips: dict[int, tuple[object, tuple[Strip, ...]]] = field(default_factory=dict)
-    peak: float = 0.0
-    """Largest painted activation, kept up to date by the view."""
-
-    def __post_init__(self) -> None:
-        self.wrap(self.width)
-
-    def wrap(self, width: int) -> None:
-        """Wraps everything again."""
-        self.width = width
-        self.wrapped = Wrapped(width)
-        self.strips.clear()
-        self.wrapped.append(BODY, self.body)
-        for place, event in enumerate(self.events):
-            self.add(place, event)
-        self.wrapped.append(TAIL, self.tail)
-
-    def add(self, place: int, event: TokenEvent) -> int:
-        return self.wrapped.append(place, "" if event.special else event.text)
-
-    def shows(self, place: int) -> bool:
-        """Whether a token has a place on the screen; special tokens and incomplete characters have none."""
-        return place in self.wrapped.first
-
-    @property
-    def lines(self) -> list[Line]:
-        lines = self.wrapped.lines
-        return lines if lines[-1].pieces else lines[:-1]
 
 
 class TokenView(ScrollView, can_focus=True):
@@ -152,12 +109,11 @@ class TokenView(ScrollView, can_focus=True):
 
     def title(self, key: str, text: str) -> None:
         """Changes a section's header."""
-        section = self._section(key)
-        if bool(section.title) != bool(text):
-            section.title = text
-            self._measure(self._is_near_end)
-        section.title = text
-        self.refresh()
+        section, near = self._section(key), self._is_near_end
+        had, section.title = bool(section.title), text
+        if had != bool(text):
+            self._measure(near)
+        self.refresh_line(self._starts[self.sections.index(section)])
 
     def text(self, key: str, text: str) -> None:
         """Sets a section's plain text: its body, or what follows its tokens once it has some."""
@@ -173,21 +129,19 @@ class TokenView(ScrollView, can_focus=True):
         """Appends tokens to a section; scrolls only if the bottom was in sight."""
         if not events:
             return
-        section, near = self._section(key), self._is_near_end
+        section, near, first = self._section(key), self._is_near_end, 0
         for event in events:
             section.events.append(event)
             section.peak = max(section.peak, self._painted(event)[1])
         if section.tail:
             section.wrap(self._text_width)
         else:
-            first = len(section.events) - len(events)
-            for place, event in enumerate(events, first):
-                section.add(place, event)
-        self._measure(near)
-        if self.follow and near and section is self.sections[-1]:
-            last = next((p for p in range(len(section.events) - 1, -1, -1) if section.shows(p)), None)
-            if last is not None:
-                self._set_cursor(section, last)
+            start = len(section.events) - len(events)
+            first = min(section.add(place, event) for place, event in enumerate(events, start))
+        self._measure(near, from_row=self._row(section, first))
+        last = section.last
+        if self.follow and near and section is self.sections[-1] and last is not None:
+            self._set_cursor(section, last)
 
     def remove(self, key: str | None = None) -> Any:
         """Takes a section away; without a key, the widget itself, as every widget does."""
@@ -239,9 +193,8 @@ class TokenView(ScrollView, can_focus=True):
     def _is_near_end(self) -> bool:
         return self.max_scroll_y - self.scroll_offset.y <= SLACK
 
-    @property
-    def _line_height(self) -> int:
-        return 2 if self.ruler else 1
+    def _line_height(self, section: Section) -> int:
+        return 2 if self.ruler and section.events else 1
 
     def _find(self, key: str) -> Section | None:
         return next((section for section in self.sections if section.key == key), None)
@@ -251,20 +204,20 @@ class TokenView(ScrollView, can_focus=True):
         assert section is not None, f"no section {key}"
         return section
 
-    def _measure(self, near: bool) -> None:
+    def _measure(self, near: bool, from_row: int = 0) -> None:
         """Counts the rows again, tells the scroll bars, and stays at the bottom if it was `near`."""
         gap = 1 if self.size.height >= 18 else 0
         self._starts = [0]
         for section in self.sections:
-            height = bool(section.title) + len(section.lines) * self._line_height + (gap if section.title else 0)
+            height = bool(section.title) + section.height * self._line_height(section) + (gap if section.title else 0)
             self._starts.append(self._starts[-1] + height)
         self.virtual_size = Size(self.scrollable_content_region.width, self._starts[-1])
         if near:
             self.scroll_end(animate=False, immediate=True)
-        self.refresh()
+        self.refresh_lines(from_row, max(self._starts[-1], self.scroll_offset.y + self.size.height) - from_row)
 
     def _row(self, section: Section, line: int) -> int:
-        return self._starts[self.sections.index(section)] + bool(section.title) + line * self._line_height
+        return self._starts[self.sections.index(section)] + bool(section.title) + line * self._line_height(section)
 
     def _locate(self, row: int) -> tuple[Section | None, int, int]:
         """The section of a row, the line in its body (-1 is the header) and the row within that line."""
@@ -273,7 +226,7 @@ class TokenView(ScrollView, can_focus=True):
             return None, 0, 0
         section = self.sections[place]
         within = row - self._starts[place] - bool(section.title)
-        line, part = divmod(within, self._line_height)
+        line, part = divmod(within, self._line_height(section))
         return section, -1 if within < 0 else line, part
 
     def on_resize(self, event: Resize) -> None:
@@ -282,6 +235,8 @@ class TokenView(ScrollView, can_focus=True):
             if section.width != width:
                 section.wrap(width)
         self._measure(near)
+        if not near and self.cursor is not None:
+            self._reveal(self._section(self.cursor[0]), self.cursor[1])
 
     def notify_style_update(self) -> None:
         super().notify_style_update()
@@ -316,15 +271,15 @@ class TokenView(ScrollView, can_focus=True):
     def render_line(self, y: int) -> Strip:
         width, base = self.scrollable_content_region.width, self.rich_style
         section, number, part = self._locate(y + self.scroll_offset.y)
-        if section is None or number >= len(section.lines):
+        if section is None or number >= section.height:
             return palette.strip((), width, base)
         if number < 0:
             return palette.strip(self._header(section), width, base)
-        line = section.lines[number]
+        line = section.wrapped.lines[number]
         at = self.cursor[1] if self.cursor is not None and self.cursor[0] == section.key else None
         if at is not None and not any(piece.token == at for piece in line.pieces):
             at = None
-        stamp = (line.version, self._version, at, width, section.peak if self.rescale or self._latent is None else 0)
+        stamp = (line.version, self._version, at, width, section.peak)
         cached = section.strips.get(number)
         if cached is None or cached[0] != stamp:
             cached = (stamp, self._draw(section, line, at, width, base))
@@ -354,7 +309,7 @@ class TokenView(ScrollView, can_focus=True):
             parts.append((_shown(piece, marked=active, whole=whole), style))
             below.append((palette.ruler(band, colourless) * piece.width if band else " " * piece.width, palette.DIM))
         strips = [palette.strip(parts, width, base)]
-        if self.ruler:
+        if self._line_height(section) > 1:
             strips.append(palette.strip(below, width, base))
         return tuple(strips)
 
@@ -364,31 +319,50 @@ class TokenView(ScrollView, can_focus=True):
     # The cursor
 
     def _set_cursor(self, section: Section, place: int) -> None:
+        self._touch()
         self.cursor = section.key, place
-        self.refresh()
+        self._touch()
         self.post_message(self.Moved(section.key, place, section.events[place], len(section.events)))
+
+    def _touch(self) -> None:
+        """Has the lines under the cursor drawn again."""
+        if self.cursor is None:
+            return
+        section, place = self._section(self.cursor[0]), self.cursor[1]
+        lines, first = section.wrapped.lines, section.wrapped.first[place]
+        last = first
+        while last + 1 < len(lines) and lines[last + 1].pieces and lines[last + 1].pieces[0].token == place:
+            last += 1
+        self.refresh_lines(self._row(section, first), (last - first + 1) * self._line_height(section))
 
     def _move(self, section: Section, place: int, *, keep_goal: bool = False) -> None:
         """Moves on a person's behalf: the view comes along, and following goes on only from the very last token."""
         if not keep_goal:
             self._goal = None
-        last = next((p for p in range(len(section.events) - 1, -1, -1) if section.shows(p)), None)
-        self.follow = section is self.sections[-1] and place == last
-        row = self._row(section, section.wrapped.first[place])
-        top = row - bool(section.title) if section.wrapped.first[place] == 0 else row
+        self.follow = section is self.sections[-1] and place == section.last
+        self._reveal(section, place)
+        self._set_cursor(section, place)
+
+    def _reveal(self, section: Section, place: int) -> None:
+        """Scrolls a token into view, with its section's header when it stands on the first line."""
+        line = section.wrapped.first[place]
+        row = self._row(section, line)
+        top = row - bool(section.title) if line == 0 else row
+        end = row + self._line_height(section)
         if top < self.scroll_offset.y:
             self.scroll_to(y=top, animate=False)
-        elif row + self._line_height > self.scroll_offset.y + self.size.height:
-            self.scroll_to(y=row + self._line_height - self.size.height, animate=False)
-        self._set_cursor(section, place)
+        elif end > self.scroll_offset.y + self.size.height:
+            self.scroll_to(y=end - self.size.height, animate=False)
+
+    def _tokens(self) -> list[tuple[Section, int]]:
+        return [(section, place) for section in self.sections for place in section.places]
 
     def _walk(self, step: int) -> list[tuple[Section, int]]:
         """Every token that shows, from the cursor on in one direction, the cursor's own left out."""
-        tokens = [(section, p) for section in self.sections for p in range(len(section.events)) if section.shows(p)]
-        if self.cursor is None:
-            return tokens[::-1]
-        keys = [(section.key, place) for section, place in tokens]
-        here = keys.index(self.cursor) if self.cursor in keys else len(keys)
+        tokens = self._tokens()
+        here = len(tokens)
+        if self.cursor is not None:
+            here = next(i for i, (section, place) in enumerate(tokens) if (section.key, place) == self.cursor)
         return tokens[here + 1 :] if step > 0 else tokens[:here][::-1]
 
     def action_token(self, step: int) -> None:
@@ -412,12 +386,12 @@ class TokenView(ScrollView, can_focus=True):
         section, place = self._section(here[0]), here[1]
         row = self._row(section, section.wrapped.first[place])
         if self._goal is None:
-            line = section.lines[section.wrapped.first[place]]
+            line = section.wrapped.lines[section.wrapped.first[place]]
             self._goal = next(piece.x for piece in line.pieces if piece.token == place)
-        row += step * self._line_height
+        row += self._line_height(section) if step > 0 else -1
         while 0 <= row < self._starts[-1]:
             found, number, _ = self._locate(row)
-            pieces = found.lines[number].pieces if found is not None and 0 <= number < len(found.lines) else []
+            pieces = found.wrapped.lines[number].pieces if found is not None and 0 <= number < found.height else []
             near = [piece for piece in pieces if piece.token >= 0]
             if found is not None and near:
                 goal = self._goal
@@ -430,8 +404,7 @@ class TokenView(ScrollView, can_focus=True):
         self.scroll_relative(y=step, animate=False)
 
     def action_edge(self, step: int) -> None:
-        tokens = [(s, p) for s in self.sections for p in range(len(s.events)) if s.shows(p)]
-        if tokens:
+        if tokens := self._tokens():
             self._move(*tokens[0 if step < 0 else -1])
         if step < 0:
             self.scroll_home(animate=False)
@@ -440,30 +413,23 @@ class TokenView(ScrollView, can_focus=True):
             self.scroll_end(animate=False)
 
     def action_section(self, step: int) -> None:
-        """To the first token of the next section that has any; going back, first to the start of this one."""
-        tokens = [
-            (s, next(p for p in range(len(s.events)) if s.shows(p)))
-            for s in self.sections
-            if s.wrapped.first.keys() - {BODY, TAIL}
+        """To the first token of the next section that has any; going back, first to that of this one."""
+        heads = {section.places[0] for section in self.sections if section.places[:1]}
+        walk = [
+            (section, place) for section, place in self._walk(step) if place in heads and place == section.places[0]
         ]
-        if not tokens:
+        if walk:
+            self._move(*walk[0])
+        else:
             self.scroll_relative(y=step * self.size.height, animate=False)
-            return
-        order = {section.key: place for place, section in enumerate(self.sections)}
-        here = (order[self.cursor[0]], self.cursor[1]) if self.cursor else (len(order), 0)
-        ahead = [
-            t for t in tokens if ((order[t[0].key], t[1]) > here) == (step > 0) and (order[t[0].key], t[1]) != here
-        ]
-        if ahead:
-            self._move(*ahead[0 if step > 0 else -1])
 
     def on_click(self, event: Click) -> None:
         content = event.get_content_offset(self)
         if content is None:
             return
         section, number, _ = self._locate(content.y + self.scroll_offset.y)
-        if section is not None and 0 <= number < len(section.lines):
-            token = section.lines[number].token_at(content.x - INDENT)
+        if section is not None and 0 <= number < section.height:
+            token = section.wrapped.lines[number].token_at(content.x - INDENT)
             if token is not None and token >= 0:
                 self._move(section, token)
 

@@ -3,17 +3,24 @@
 Lines break at spaces, also between tokens and around wide characters; a word longer than a line is cut. Appending
 touches the last line and nothing before it: a word that outgrows the line moves to the next one, a cut word goes on.
 One space may hang over the right edge, and a newline is a piece without cells, drawn after it only when it is marked:
-a line needs `width + 2` cells. No Textual here.
+a line needs `width + 2` cells.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.cells import cell_len
+from textual.strip import Strip
 
+from steer.events import TokenEvent
 from steer.tui.palette import drawable
+
+Role = Literal["user", "assistant", "notice", "prompt"]
+BODY, TAIL = -1, -2
+"""Token numbers of plain text before and after a section's tokens."""
 
 TAB = 4
 """Cells of a tab."""
@@ -139,3 +146,57 @@ class Wrapped:
                 start, cells = end, 0
             cells += more
         self._put(token, text[start:], cells)
+
+
+@dataclass(slots=True, eq=False)
+class Section:
+    """A stretch of the transcript: a header and a body of plain text and tokens."""
+
+    key: str
+    title: str
+    role: Role
+    width: int
+    body: str = ""
+    tail: str = ""
+    events: list[TokenEvent] = field(default_factory=list)
+    wrapped: Wrapped = field(init=False)
+    strips: dict[int, tuple[object, tuple[Strip, ...]]] = field(default_factory=dict)
+    """What the view drew of each line, and the state it was drawn for."""
+    peak: float = 0.0
+    """Largest painted activation, kept up to date by the view."""
+
+    def __post_init__(self) -> None:
+        self.wrap(self.width)
+
+    def wrap(self, width: int) -> None:
+        """Wraps everything again."""
+        self.width = width
+        self.wrapped = Wrapped(width)
+        self.strips.clear()
+        self.wrapped.append(BODY, self.body)
+        for place, event in enumerate(self.events):
+            self.add(place, event)
+        self.wrapped.append(TAIL, self.tail)
+
+    def add(self, place: int, event: TokenEvent) -> int:
+        return self.wrapped.append(place, "" if event.special else event.text)
+
+    def shows(self, place: int) -> bool:
+        """Whether a token has a place on the screen; special tokens and incomplete characters have none."""
+        return place in self.wrapped.first
+
+    @property
+    def places(self) -> list[int]:
+        """The tokens that show, in order."""
+        return [place for place in range(len(self.events)) if place in self.wrapped.first]
+
+    @property
+    def last(self) -> int | None:
+        """The last token that shows."""
+        return next((place for place in range(len(self.events) - 1, -1, -1) if self.shows(place)), None)
+
+    @property
+    def height(self) -> int:
+        """Lines of the body; an empty one at its end does not count."""
+        lines = self.wrapped.lines
+        return len(lines) - (not lines[-1].pieces)
