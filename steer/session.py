@@ -182,8 +182,6 @@ class Reply:
     events: list[TokenEvent] = field(default_factory=list)
     finished: Finished | None = None
     failed: Failed | None = None
-    asked: int = 0
-    """How often the engine has asked for the set: the number of tokens picked so far, the one under way included."""
 
     @property
     def text(self) -> str:
@@ -352,6 +350,7 @@ class Session:
                         reply.prompt = event
                     case Finished():
                         reply.finished = event
+                        reply.timeline = [entry for entry in reply.timeline if entry[0] <= len(reply.events)]
                         turn.content = reply.text
                         self._save()
                     case Failed():
@@ -369,11 +368,13 @@ class Session:
             yield reply.failed
 
     def _take(self, reply: Reply) -> SteeringSet:
-        """The set for the next token, asked for once before each; notes in the timeline when it changed."""
+        """The set for the next token, asked for before each forward pass; the timeline notes when it has changed.
+
+        A token's event leaves the engine with the pass that reads it, so by then the token after it has been picked too.
+        """
         steering = self.steering
-        reply.asked += 1
         if not reply.timeline or reply.timeline[-1][1] != steering:
-            reply.timeline.append((reply.asked - 1, steering))
+            reply.timeline.append((len(reply.events) + 1 if reply.prompt else 0, steering))
         return steering
 
     def _prompt(self) -> Prompt:

@@ -286,7 +286,6 @@ def _reply(data: Json, before: list[TokenEvent]) -> Reply:
         [_token(token) for token in data["tokens"]],
         _finished(data["finished"]) if "finished" in data else None,
         Failed(str(data["failed"]["message"]), data["failed"]["hint"]) if "failed" in data else None,
-        asked=len(data["tokens"]),
     )
 
 
