@@ -161,6 +161,10 @@ class LabelIndex:
         with self._plainly():
             return packing.unpack_examples(rows[0][0]) if rows else []
 
+    def token_bytes(self) -> dict[int, bytes]:
+        """The bytes of every token id that examples and effects use."""
+        return dict(self._rows("SELECT id, bytes FROM tokens"))
+
     def effects(self, latent: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
         """The tokens that the latent pushes up and those it pushes down, strongest first, with the logit per unit."""
         rows = self._rows("SELECT data FROM effects WHERE latent = ?", [latent])
