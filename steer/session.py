@@ -370,7 +370,7 @@ class Session:
     def _take(self, reply: Reply) -> SteeringSet:
         """The set for the next token, asked for before each forward pass; the timeline notes when it has changed.
 
-        A token's event leaves the engine with the pass that reads it, so by then the token after it has been picked too.
+        A token's event leaves the engine with the pass that reads it, which has picked the next token already.
         """
         steering = self.steering
         if not reply.timeline or reply.timeline[-1][1] != steering:

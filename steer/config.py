@@ -1,0 +1,152 @@
+"""Settings: `steer.toml` from the working folder, else from the user's configuration folder, under what was typed.
+
+`STEER_HOME` replaces the user's configuration and data folders both. A flag that was typed beats the file; a typed
+model leaves the file's SAE and labels behind, since those go with the file's model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from steer.errors import SteerError, sentence
+from steer.events import clean
+from steer.session import Sampling, check_max_tokens, check_seed
+
+FILE = "steer.toml"
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_MODEL = DEMO / "model"
+DEMO_SAE = DEMO / "sae"
+DEMO_LABELS = DEMO / "labels.db"
+"""What ships: read, never written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every command runs with. None leaves a choice to the model, the SAE or the machine."""
+
+    model: str | None = None
+    """Folder of the model; None is the shipped one."""
+    sae: str | None = None
+    """Folder of the SAE; None is the shipped one with the shipped model, else none."""
+    labels: str | None = None
+    """The label index, an SQLite file."""
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    """CPU threads of torch."""
+    seed: int | None = None
+    """None draws a fresh one for each reply."""
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    system: str | None = None
+    """System prompt of new chats."""
+    pace: float = 30.0
+    """At most so many tokens a second in the chat; 0 is no limit."""
+    theme: str | None = None
+    """Textual theme of the screens."""
+    ascii: bool = False
+    """Draw with ASCII alone."""
+    file: Path | None = None
+    """The `steer.toml` these were read from."""
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.max_tokens is not None:
+            check_max_tokens(self.max_tokens)
+        if self.threads is not None and self.threads < 1:
+            raise SteerError(f"threads is {self.threads}", "give at least 1, or leave it out")
+        if not (math.isfinite(self.pace) and self.pace >= 0):
+            raise SteerError(f"pace is {self.pace}", "give tokens a second; 0 is no limit")
+        self.sampling(Sampling())
+
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """`defaults`, with the temperature and the top-p of these settings where they are given."""
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def load(cls, **typed: Any) -> Settings:
+        """The settings of `steer.toml` under the flags that were `typed` (None: not typed)."""
+        file = find_file()
+        given = _read(file) if file else {}
+        typed = {name: value for name, value in typed.items() if value is not None}
+        if "model" in typed:
+            given = {name: value for name, value in given.items() if name not in ("sae", "labels")}
+        return cls(**{**given, **typed}, file=file)
+
+    def describe(self) -> dict[str, str]:
+        """Each setting as `doctor` prints it."""
+        unset = {"model": str(DEMO_MODEL), "labels": "those that ship", "sae": "the one that ships"}
+        if self.model:
+            unset = {"sae": "none: features are off", "labels": "none"}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: unset.get(name, "not set") if value is None else str(value) for name, value in values.items()}
+
+
+def config_folder() -> Path:
+    """Where the user's `steer.toml` is looked for."""
+    return _home("user_config_path")
+
+
+def data_folder() -> Path:
+    """Where sessions, the log and later the user's own labels lie; it may not exist yet."""
+    return _home("user_data_path")
+
+
+def sessions_folder() -> Path:
+    return data_folder() / "sessions"
+
+
+def log_path() -> Path:
+    return data_folder() / "steer.log"
+
+
+def find_file() -> Path | None:
+    """The `steer.toml` in use: of the working folder, else of the user's configuration folder."""
+    return next((path for path in (Path(FILE).absolute(), config_folder() / FILE) if path.is_file()), None)
+
+
+def _home(kind: str) -> Path:
+    if home := os.environ.get("STEER_HOME"):
+        return Path(home).expanduser().absolute()
+    import platformdirs
+
+    return Path(getattr(platformdirs, kind)("steer", appauthor=False))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The settings in a file, each of the type it should have; relative paths are meant from the file's folder."""
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SteerError(f"`{file}` is no TOML: {sentence(error)}") from error
+    wanted = {name: kind for name, kind in get_type_hints(Settings).items() if name != "file"}
+    for name in raw:
+        if name not in wanted:
+            near = difflib.get_close_matches(name, wanted, 1, 0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(wanted)}"
+            raise SteerError(f"`{clean(name)}` in `{file}` is no setting", hint)
+    settings = {name: _typed(name, value, wanted[name], file) for name, value in raw.items()}
+    for name in ("model", "sae", "labels"):
+        if name in settings:
+            settings[name] = str(file.parent / Path(settings[name]).expanduser())
+    return settings
+
+
+def _typed(name: str, value: Any, wanted: Any, file: Path) -> Any:
+    kind = next(kind for kind in (get_args(wanted) or (wanted,)) if kind is not type(None))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        words = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+        raise SteerError(f"`{name}` in `{file}` is {clean(str(value))}, but it should be {words[kind]}")
+    return value
