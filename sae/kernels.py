@@ -3,9 +3,9 @@
 With K of F latents on, decoding and all weight gradients cost K/F of the dense product; only the encoder stays dense.
 What makes it fast on a CPU:
 
-- `topk_indices`: exact top-k by maxima over strided groups, twice, so that `torch.topk` only ever sees short rows;
-- `ScreenedEncoder`: the encoder product in bfloat16, one chunk of tokens at a time into one reused buffer, keeps a few
-  candidates more than k; only these are scored again in float32, so that the set kept is the one of float32;
+- `topk_indices`: exact top-k by maxima over strided groups, so that `torch.topk` only ever sees short rows;
+- `Encoder`: where the CPU multiplies bfloat16 fast, the product in bfloat16 keeps a few candidates more than k, and only
+  these are scored again in float32, so that the set kept is the one of float32;
 - `decode_sparse` and `gather_dot`: an embedding bag with weights and its gradient by these weights;
 - `TokensByLatent`: the kept latents sorted by latent, which makes a weight gradient a CSR matrix times a dense one,
   for any range of latents: no gradient as large as a weight matrix need exist.
@@ -16,11 +16,13 @@ Shapes: B tokens, D width of the residual stream, F latents, K kept latents, C c
 of a range.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 
-GROUPS = 8
-"""Width of a strided group in `topk_indices`."""
+GROUPS = 16
+"""Members of a strided group in `topk_indices`; a power of two."""
 
 BIAS_COLUMNS = 32
 """Input columns that carry the encoder bias in `ScreenedEncoder`; a multiple of 32 keeps bfloat16 tiles full."""
@@ -33,13 +35,16 @@ def topk_indices(x_BF: Tensor, k: int) -> Tensor:
     """
     rows, width = x_BF.shape
     stride = width // GROUPS
-    if width % GROUPS or stride < k:
+    if width % GROUPS or stride < 2 * k:
         return x_BF.topk(k, sorted=False).indices
-    grouped = x_BF.view(rows, GROUPS, stride)
-    best_BK = topk_indices(grouped.amax(1), k)
-    candidates = grouped.gather(2, best_BK[:, None].expand(-1, GROUPS, -1)).view(rows, GROUPS * k)
-    winner_BK = candidates.topk(k, sorted=False).indices
-    return (winner_BK // k) * stride + best_BK.gather(1, winner_BK % k)
+    maxima = x_BF
+    while maxima.shape[1] > stride:  # halves rather than one amax: these are long vector operations on any CPU
+        half = maxima.shape[1] // 2
+        maxima = torch.maximum(maxima[:, :half], maxima[:, half:])
+    best_BK = topk_indices(maxima, k)
+    members_G = torch.arange(0, width, stride, device=x_BF.device)
+    members = (best_BK[:, None] + members_G[None, :, None]).view(rows, GROUPS * k)
+    return members.gather(1, x_BF.gather(1, members).topk(k, sorted=False).indices)
 
 
 def decode_sparse(indices_BK: Tensor, values_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def gather_dot(x_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
     rows, k = indices_BK.shape
     offsets_B = torch.arange(0, rows * k, k, device=x_BD.device)
     bag_of = torch.arange(rows, device=x_BD.device).repeat_interleave(k)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x_BD, W_FD, indices_BK.reshape(-1), offsets_B, bag_of, 0
     )
     return dots.view(rows, k)
@@ -64,7 +69,7 @@ class TokensByLatent:
     def __init__(self, indices_BK: Tensor, d_sae: int):
         self.tokens, k = indices_BK.shape
         flat = indices_BK.reshape(-1)
-        _, self._order = flat.int().sort(stable=True)
+        self._latent_of, self._order = flat.int().sort(stable=True)
         self._token_of = (self._order // k).int()
         self.counts_F = torch.bincount(flat, minlength=d_sae)
         self._starts = torch.zeros(d_sae + 1, dtype=torch.int32, device=flat.device)
@@ -73,6 +78,10 @@ class TokensByLatent:
     def sort(self, values_BK: Tensor) -> Tensor:
         """The values of the pairs in this order, flat."""
         return values_BK.reshape(-1)[self._order]
+
+    def latents(self, chosen: Tensor) -> Tensor:
+        """The latents of the sorted pairs that `chosen` (bool) marks, with repetitions."""
+        return self._latent_of[chosen]
 
     def edges(self, size: int) -> list[int]:
         """Where ranges of `size` latents begin among the sorted pairs, and where the last one ends."""
@@ -88,41 +97,55 @@ class TokensByLatent:
         torch.addmm(out_RD, matrix, dense_BD, beta=0, out=out_RD)
 
 
-class ScreenedEncoder:
-    """The k largest pre-activations of each token as float32 finds them, at the price of a bfloat16 product.
+class Encoder:
+    """The k largest pre-activations of each token, exact in float32, at the price of a product in `screen`.
 
-    Holds a low-precision copy of the encoder and its bias, which the owner refreshes after each update, and buffers.
+    With bfloat16 it keeps a copy of the encoder, refreshed by the owner after each update, finds `margin` candidates
+    more than k with it and scores only these in float32. With float32 it uses the weights as they are. Calls may come
+    from several threads at once; each has its own buffers.
     """
 
-    def __init__(self, W_enc_FD: Tensor, b_enc_F: Tensor, *, margin: int, chunk: int, dtype: torch.dtype):
-        d_sae, self.width = W_enc_FD.shape
-        self.margin, self.chunk = margin, chunk
-        self._W = torch.zeros(d_sae, self.width + BIAS_COLUMNS, dtype=dtype, device=W_enc_FD.device)
-        self._pre = torch.empty(chunk, d_sae, dtype=dtype, device=W_enc_FD.device)
-        self._x = torch.zeros(chunk, self.width + BIAS_COLUMNS, dtype=dtype, device=W_enc_FD.device)
-        self._x[:, self.width :] = 1
-        self.refresh(0, W_enc_FD)
-        self.refresh_bias(b_enc_F)
+    def __init__(self, W_enc_FD: Tensor, b_enc_F: Tensor, *, screen: torch.dtype, margin: int = 8):
+        self.W_enc_FD, self.b_enc_F = W_enc_FD, b_enc_F
+        self.screen, self.margin = screen, margin
+        self._own = threading.local()
+        if screen != torch.float32:
+            self._copy = torch.zeros(len(b_enc_F), W_enc_FD.shape[1] + BIAS_COLUMNS, dtype=screen)
+            self.refresh(0, len(b_enc_F))
 
-    def refresh(self, first: int, W_RD: Tensor) -> None:
-        """Takes over rows `first`.. of the encoder."""
-        self._W[first : first + len(W_RD), : self.width].copy_(W_RD)
+    def refresh(self, first: int, last: int) -> None:
+        """Takes over changes of the latents from `first` up to `last`. The bias becomes two columns, whose sum keeps
+        twice the digits of one."""
+        if self.screen == torch.float32:
+            return
+        width = self.W_enc_FD.shape[1]
+        copy, bias_R = self._copy[first:last], self.b_enc_F[first:last]
+        copy[:, :width].copy_(self.W_enc_FD[first:last])
+        copy[:, width].copy_(bias_R)
+        copy[:, width + 1].copy_(bias_R - copy[:, width].float())
 
-    def refresh_bias(self, b_enc_F: Tensor) -> None:
-        """Takes over the bias, as two columns whose sum keeps twice the digits of one."""
-        self._W[:, self.width].copy_(b_enc_F)
-        self._W[:, self.width + 1].copy_(b_enc_F - self._W[:, self.width].float())
-
-    def topk(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(indices, values), each (B, k): the largest `W_enc x + b_enc`, values in float32 and possibly negative."""
-        candidates = min(k + self.margin, len(b_enc_F))
-        found = []
-        for chunk_BD in x_BD.split(self.chunk):
-            rows = len(chunk_BD)
-            self._x[:rows, : self.width].copy_(chunk_BD)
-            torch.mm(self._x[:rows], self._W.t(), out=self._pre[:rows])
-            found.append(topk_indices(self._pre[:rows], candidates))
-        found_BC = torch.cat(found)
-        pre_BC = gather_dot(x_BD, W_enc_FD, found_BC).add_(b_enc_F[found_BC])
+    def topk(self, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(indices, values), each (B, k), unordered: the largest `W_enc x + b_enc`, possibly negative."""
+        rows, width = x_BD.shape
+        if self.screen == torch.float32:
+            pre_BF = self._buffer("pre", rows, len(self.b_enc_F))
+            torch.addmm(self.b_enc_F, x_BD, self.W_enc_FD.t(), out=pre_BF)
+            found_BK = topk_indices(pre_BF, k)
+            return found_BK, pre_BF.gather(1, found_BK)
+        padded = self._buffer("x", rows, width + BIAS_COLUMNS)
+        padded[:, :width].copy_(x_BD)
+        padded[:, width:] = 1
+        pre_BF = self._buffer("pre", rows, len(self.b_enc_F))
+        torch.mm(padded, self._copy.t(), out=pre_BF)
+        found_BC = topk_indices(pre_BF, min(k + self.margin, len(self.b_enc_F)))
+        pre_BC = gather_dot(x_BD, self.W_enc_FD, found_BC).add_(self.b_enc_F[found_BC])
         values_BK, kept_BK = pre_BC.topk(k, sorted=False)
         return found_BC.gather(1, kept_BK), values_BK
+
+    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+        """A (rows, width) piece of this thread's buffer: large allocations are the dearest part of a small product."""
+        kept: Tensor | None = getattr(self._own, name, None)
+        if kept is None or len(kept) < rows:
+            kept = torch.empty(rows, width, dtype=self.screen)
+            setattr(self._own, name, kept)
+        return kept[:rows]
