@@ -24,11 +24,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
 
-from labels import packing
+from labels import packing, schema
 from labels.errors import LabelError
 from labels.packing import Kind, RawExample
 from labels.query import Query, parse, plain
-from labels.schema import MIGRATIONS, mismatch
 
 APPLICATION_ID: Final = 0x5354_4C42
 """`STLB` in the file's header: what tells an index from any other SQLite file."""
@@ -233,7 +232,7 @@ class LabelIndex:
         histograms: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Sets the statistics of `latents`, one number (and histogram) each; labels stay."""
-        packed = [packing.pack_histogram(counts) for counts in histograms] if histograms else [None] * len(latents)
+        packed = [packing.pack_histogram(each) if each else None for each in histograms or [()] * len(latents)]
         rows = zip(
             map(int, latents), *(map(float, each) for each in (max_activation, mean_on, density)), packed, strict=True
         )
@@ -281,8 +280,8 @@ class LabelIndex:
         if self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise LabelError(f"`{self.path}` is an SQLite file but not a label index")
         done = {name for (name,) in self._db.execute("SELECT name FROM migrations")}
-        missing = [migration for migration in MIGRATIONS if migration.__name__ not in done]
-        if (error := mismatch(self.path, done, missing, self.read_only)) is not None:
+        missing = [migration for migration in schema.MIGRATIONS if migration.__name__ not in done]
+        if (error := schema.mismatch(self.path, done, missing, self.read_only)) is not None:
             raise error
         for migration in missing:
             with self._transaction() as db:

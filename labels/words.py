@@ -21,16 +21,14 @@ MARKS: Final = {
     "\u2019": "apostrophe", "-": "hyphen", "\u2013": "dash", "\u2014": "dash", "(": "opening bracket",
     ")": "closing bracket", "*": "star", "#": "hash", "/": "slash", "...": "dots", "\u2026": "dots",
 }  # fmt: skip
-FUNCTION_WORDS: Final = frozenset(
-    re.findall(
-        r"\S+",
-        """a an the and or but nor so if as than then that this these those there here of in on at to for from with by into
-    onto up down out off over under about after before is are was were be been being am do does did done has have had
-    having will would can could should shall may might must not no i me my mine you your yours he him his she her hers
-    it its we us our they them their what which who whom whose when where why how all some any each very too just also
-    only it's i'm don't didn't that's he's she's let's""",
-    )
-)
+_FUNCTION: Final = """
+    a about after all also am an and any are as at be been before being but by can could did didn't do does
+    don't done down each for from had has have having he he's her here hers him his how i i'm if in into is it
+    it's its just let's may me might mine must my no nor not of off on only onto or our out over shall she she's
+    should so some than that that's the their them then there these they this those to too under up us very was
+    we were what when where which who whom whose why will with would you your yours
+"""
+FUNCTION_WORDS: Final = frozenset(_FUNCTION.split())
 """English words that say little alone; a latent on one of them is described by its neighbours too."""
 
 

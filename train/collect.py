@@ -22,13 +22,14 @@ from torch import Tensor
 
 from labels.examples import ExampleStore
 from labels.index import LabelIndex
+from llama_3.chat_format import ChatFormat
 from llama_3.hooks import HookPoint
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.checkpoint import Stats, write_stats
 from sae.model import SAE
 from train.errors import TrainError
-from train.text import DialogEncoder, read_rows
+from train.text import read_rows
 
 Progress = Callable[[int, int | None], None]
 """Called with the tokens read so far and the most that will be read, if known."""
@@ -56,7 +57,6 @@ def collect(
     max_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    chat: DialogEncoder | None = None,
     context: int = 256,
     meta: Mapping[str, str] | None = None,
     stats_folder: Path | str | None = None,
@@ -65,10 +65,10 @@ def collect(
 
     The index shows the SAE's own statistics where it has them, else the measured ones, which then also go to
     `stats.safetensors` in `stats_folder` if that is given. `meta` is written into the index (hashes of model and SAE).
-    Dialogs need `chat`. ValueError or OSError in one sentence for what cannot be read.
+    ValueError or OSError in one sentence for what cannot be read.
     """
     context = min(context, model.config.max_context)
-    contexts = (row.tokens for row in read_rows(files, tokenizer, chat, context))
+    contexts = (row.tokens for row in read_rows(files, tokenizer, ChatFormat(tokenizer), context))
     found = collect_contexts(model, sae, tokenizer, contexts, max_tokens=max_tokens, seed=seed, progress=progress)
     if sae.stats is None and stats_folder is not None:
         write_stats(stats_folder, found.stats)

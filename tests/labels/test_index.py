@@ -1,0 +1,372 @@
+"""The index: what is found, what is kept, and what is refused in one sentence."""
+
+import random
+import sqlite3
+import threading
+
+import pytest
+
+from labels import schema
+from labels.index import Feature, Label, LabelIndex
+from labels.packing import RawExample
+
+WORDS = ["sea", "search", "ocean", "wave", "waves", "bridge", "Caf\u00e9", "don't", "\u043c\u043e\u0440\u0435"]
+N = 20_000
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """20,000 latents, every tenth unlabelled, and the labels as a dict."""
+    path = tmp_path_factory.mktemp("big") / "index.db"
+    draws = random.Random(0)
+    labels = {latent: " ".join(draws.choices(WORDS, k=2) + [f"x{latent}"]) for latent in range(N) if latent % 10}
+    with LabelIndex.create(path, {"d_sae": str(N)}) as index:
+        index.write_features(range(N), [i / 1000 for i in range(N)], [1.0] * N, [i / N for i in range(N)])
+        index.add_labels(Label(latent, text, "local", "2026-01-01") for latent, text in labels.items())
+        index.compact()
+    with LabelIndex(path, read_only=True) as index:
+        yield index, labels
+
+
+@pytest.fixture
+def path(tmp_path):
+    with LabelIndex.create(tmp_path / "index.db", {"d_sae": "10", "hook": "blocks.1.hook_resid_post"}) as index:
+        index.write_features([0, 1, 2], [5.0, 2.0, 0.0], [1.0, 0.5, 0.0], [0.01, 0.2, 0.0], [[3, 1], [2, 2], []])
+        index.add_label(0, "the sea", "you")
+    return tmp_path / "index.db"
+
+
+def found_by_hand(labels, *prefixes):
+    def has(text, prefix):
+        return any(word.lower().startswith(prefix) for word in text.replace("'", " ").split())
+
+    return {latent for latent, text in labels.items() if all(has(text, prefix) for prefix in prefixes)}
+
+
+@pytest.mark.parametrize("query", ["sea", "SEA", "se oc", "wave", "x123", "bridge sea x1", "\u043c\u043e\u0440"])
+def test_words_find_labels_by_prefix(big, query):
+    index, labels = big
+    found = index.search(query, limit=N)
+    assert {feature.latent for feature in found} == found_by_hand(labels, *query.lower().split())
+    assert index.count(query) == len(found) > 0
+    assert all(feature.label == labels[feature.latent] for feature in found)
+
+
+def test_accents_and_apostrophes_are_found(big):
+    index, labels = big
+    cafes = sum("Caf" in text for text in labels.values())
+    assert index.count("cafe") == index.count("caf\u00e9") == index.count("cafe\u0301") == cafes
+    assert index.count("don't") == sum("don't" in text for text in labels.values())
+
+
+def test_the_exact_word_comes_before_longer_ones(big):
+    assert all("sea" in feature.label.split() for feature in big[0].search("sea", limit=100))
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("id:7", {7}),
+        ("id:7,9", {7, 9}),
+        ("id:3..5,19", {3, 4, 5, 19}),
+        ("max:>19.997", {19998, 19999}),
+        ("max:>=19.998", {19998, 19999}),
+        ("max:<0.002", {0, 1}),
+        ("max:0.001..0.003", {1, 2, 3}),
+        ("density:<0.01%", {0, 1}),
+        ("density:>=0.9999", {19998, 19999}),
+        ("is:unlabelled max:<0.031", {0, 10, 20, 30}),
+        ("is:labelled id:9..11", {9, 11}),
+        ("is:dead", {0}),
+        ("x15 max:<0.016", {15}),
+        ("is:edited", set()),
+    ],
+)
+def test_filters(big, query, expected):
+    assert {feature.latent for feature in big[0].search(query)} == expected
+    assert big[0].count(query) == len(expected)
+
+
+@pytest.mark.parametrize(
+    "query", ["id:", "id:x", "id:1..", "id:-3", "max:", "max:>", "max:5%", "max:>>5", "density:<1%%", "density:low"]
+    + ["is:", "is:foo", "max:>1e999", "id:99999999999999999999", "a " * 40],
+)  # fmt: skip
+def test_a_malformed_filter_is_one_sentence(big, query):
+    with pytest.raises(ValueError) as caught:
+        big[0].search(query)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 120
+    with pytest.raises(ValueError):
+        big[0].count(query)
+
+
+HOSTILE = [
+    '"',
+    '""',
+    "*",
+    "sea*",
+    "NEAR(",
+    "NEAR(sea ocean, 3)",
+    "[/]",
+    "[@click=app.quit]x[/]",
+    "sea AND",
+    "OR",
+    "NOT sea",
+]
+HOSTILE += [
+    "\x00",
+    "\x1b[2J",
+    "sea\x00ocean",
+    "text:sea",
+    "^sea",
+    "-sea",
+    "{sea}",
+    'sea" OR "',
+    "'; DROP TABLE labels; --",
+]
+HOSTILE += ["\ud800", "%", "_", "\\", "http://x", "(", ")", "+", ":", "\u202e", "\U0001f600", "a" * 10_000, "words : x"]
+
+
+@pytest.mark.parametrize("query", HOSTILE)
+def test_hostile_queries_are_only_text(big, query):
+    index, _ = big
+    assert len(index.search(query)) == min(50, index.count(query))
+
+
+def test_an_empty_query_finds_everything_in_order(big):
+    for query in ("", "  \t\n"):
+        assert [feature.latent for feature in big[0].search(query, limit=3)] == [0, 1, 2]
+        assert big[0].count(query) == N
+
+
+def test_marks_in_labels_are_found_literally(path):
+    with LabelIndex(path) as index:
+        index.add_label(1, 'the mark " and 100% [/]', "you")
+        for query in ('"', "%", "[/]"):
+            assert [feature.latent for feature in index.search(query)] == [1]
+        assert index.search("_") == []
+
+
+def test_features_and_labels_of(path):
+    with LabelIndex(path) as index:
+        assert index.feature(0) == Feature(0, "the sea", "you", 5.0, 1.0, 0.01)
+        assert index.feature(2) == Feature(2, "", "", 0.0, 0.0, 0.0)
+        assert index.feature(9) is None
+        assert index.labels_of([0, 1, 9]) == {0: "the sea"}
+        assert index.labels_of([]) == {}
+        assert index.histogram(0) == (3, 1) and index.histogram(2) == () and index.histogram(9) == ()
+        assert index.meta() == {"d_sae": "10", "hook": "blocks.1.hook_resid_post"}
+        assert index.latents() == [0, 1, 2]
+
+
+def test_the_newest_label_counts_and_history_is_kept(path):
+    with LabelIndex(path) as index:
+        index.add_label(0, " deep\twater\n", "local", score=0.5)
+        assert index.feature(0).label == "deep water" and index.labels_of([0]) == {0: "deep water"}
+        assert [(label.text, label.author, label.score) for label in index.history(0)] == [
+            ("deep water", "local", 0.5),
+            ("the sea", "you", None),
+        ]
+        assert index.search("sea") == [] and len(index.search("water")) == 1
+        index.add_label(0, "", "you")
+        assert index.feature(0).label == "" and index.search("water") == [] and index.labels_of([0]) == {}
+        assert index.count("is:unlabelled") == 3 and len(index.history(0)) == 3
+        index.add_label(0, "sea again", "you")
+        assert [feature.latent for feature in index.search("is:edited")] == [0]
+        assert [label.text for label in index.all_labels()] == ["the sea", "deep water", "", "sea again"]
+
+
+def test_statistics_can_be_written_again_and_labels_stay(path):
+    with LabelIndex(path) as index:
+        index.write_features([0], [6.0], [2.0], [0.5])
+        assert index.feature(0) == Feature(0, "the sea", "you", 6.0, 2.0, 0.5)
+
+
+def test_a_label_of_no_latent_is_refused_and_nothing_is_written(path):
+    with LabelIndex(path) as index:
+        for latent in (10, -1):
+            with pytest.raises(ValueError, match=f"no latent {latent}"):
+                index.add_labels([Label(1, "fine", "you", ""), Label(latent, "x", "you", "")])
+        assert index.feature(1).label == ""
+        index.add_label(9, "inside, not yet measured", "you")
+        assert index.feature(9) == Feature(9, "inside, not yet measured", "you", None, None, None)
+
+
+def test_examples_and_effects_come_back(path):
+    examples = [
+        RawExample([0, 1, 2, 3], [0.0, 7.25, 0.0, 1e-3], "top", 1),
+        RawExample([3, 70_000], [123456.0, 0.0], "middle", 0),
+        RawExample([1], [0.5], "random", 0),
+    ]
+    with LabelIndex(path) as index:
+        index.write_tokens({0: b"The", 1: b" caf\xc3", 2: b"\xa9", 3: b"\xff", 70_000: b"!"})
+        index.write_examples([(0, examples), (1, [])])
+        index.write_effects([(0, [(0, 2.0), (1, 1.0)], [(3, -4.0)])])
+        first, second, third = index.examples(0)
+        assert first.tokens == ("The", " caf", "\u00e9", "\ufffd") and (first.kind, first.peak) == ("top", 1)
+        assert first.activations == pytest.approx((0.0, 7.25, 0.0, 1e-3), rel=5e-4)
+        assert second.activations[0] == pytest.approx(123456.0, rel=5e-4) and second.tokens == ("\ufffd", "!")
+        assert index.examples(0, "random") == [third] and index.examples(0, limit=1) == [first]
+        assert index.examples(1) == index.examples(5) == []
+        assert index.effects(0) == ([("The", 2.0), (" caf\ufffd", 1.0)], [("\ufffd", -4.0)])
+        assert index.effects(5) == ([], [])
+
+
+def test_shipped_data_stays_small(tmp_path):
+    """4,096 latents with 12 examples of 24 tokens fit in 5 MB even when tokens and one activation in five are noise."""
+    draws = random.Random(1)
+    vocabulary = draws.choices(range(4096), k=600)
+    with LabelIndex.create(tmp_path / "i.db") as index:
+        kinds = ["top"] * 8 + ["middle"] * 2 + ["random"] * 2
+
+        def window(kind):
+            values = [draws.random() if draws.random() < 0.2 else 0.0 for _ in range(24)]
+            return RawExample(draws.choices(vocabulary, k=24), values, kind, 16)
+
+        index.write_examples((latent, [window(kind) for kind in kinds]) for latent in range(512))
+        index.compact()
+    assert (tmp_path / "i.db").stat().st_size < 5_000_000 / 8
+
+
+def test_a_read_only_index_refuses_writes(path):
+    before = path.read_bytes()
+    with LabelIndex(path, read_only=True) as index:
+        for write in (
+            lambda: index.add_label(0, "x", "you"),
+            lambda: index.write_meta({}),
+            lambda: index.write_features([0], [1], [1], [1]),
+            lambda: index.write_examples([]),
+            lambda: index.write_effects([]),
+            lambda: index.write_tokens({}),
+            index.compact,
+        ):
+            with pytest.raises(OSError, match="open for reading only"):
+                write()
+        assert index.feature(0).label == "the sea"
+    assert path.read_bytes() == before and [each.name for each in path.parent.iterdir()] == ["index.db"]
+
+
+def test_a_read_only_file_in_a_read_only_folder_opens(path):
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        with LabelIndex(path, read_only=True) as index:
+            assert index.count("sea") == 1
+    finally:
+        path.parent.chmod(0o755)
+
+
+def test_several_threads_may_use_one_index(path):
+    failures = []
+    with LabelIndex(path) as index:
+
+        def work(number):
+            try:
+                for turn in range(30):
+                    index.add_label(number, f"word{turn} sea", "you")
+                    assert index.count("sea") >= 1 and index.feature(number).label
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert index.count("sea") == 4 and len(index.all_labels()) == 121
+
+
+def second_tables(db: sqlite3.Connection) -> None:
+    db.execute("CREATE TABLE sweeps (latent INTEGER PRIMARY KEY, data BLOB NOT NULL)")
+
+
+def broken_step(db: sqlite3.Connection) -> None:
+    db.execute("CREATE TABLE half (x)")
+    raise sqlite3.OperationalError("disk full")
+
+
+def test_an_older_index_is_brought_up_to_date(path, monkeypatch):
+    monkeypatch.setattr("labels.schema.MIGRATIONS", [*schema.MIGRATIONS, second_tables])
+    with pytest.raises(ValueError, match="older version") as caught:
+        LabelIndex(path, read_only=True)
+    assert caught.value.hint
+    with LabelIndex(path) as index:
+        assert index.feature(0).label == "the sea"
+    with LabelIndex(path, read_only=True):
+        pass
+    db = sqlite3.connect(path)
+    assert db.execute("SELECT count(*) FROM sweeps").fetchone() == (0,)
+    assert [name for (name,) in db.execute("SELECT name FROM migrations ORDER BY name")] == [
+        "first_tables",
+        "second_tables",
+    ]
+    db.close()
+
+
+def test_a_migration_that_fails_leaves_no_half(path, monkeypatch):
+    monkeypatch.setattr("labels.schema.MIGRATIONS", [*schema.MIGRATIONS, broken_step])
+    with pytest.raises(OSError, match="disk full"):
+        LabelIndex(path)
+    monkeypatch.undo()
+    with LabelIndex(path) as index:
+        assert index.feature(0).label == "the sea"
+    db = sqlite3.connect(path)
+    assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'half'").fetchone() == (0,)
+    db.close()
+
+
+def test_a_newer_index_is_refused(path):
+    db = sqlite3.connect(path)
+    db.execute("INSERT INTO migrations VALUES ('tables_of_tomorrow', '')")
+    db.commit()
+    db.close()
+    for read_only in (True, False):
+        with pytest.raises(ValueError, match="newer version of steer") as caught:
+            LabelIndex(path, read_only=read_only)
+        assert caught.value.hint == "update steer"
+
+
+def test_what_is_no_index_is_refused_in_one_sentence(path, tmp_path):
+    whole = path.read_bytes()
+    bad = tmp_path / "bad.db"
+    for content, why in [
+        (b"", "not a label index"),
+        (b"hello " * 1000, "not a label index"),
+        (whole[:50], "not a label index"),
+        (whole[: len(whole) // 2], "cut short"),
+        (whole[:-1], "cut short"),
+        (whole[:100] + b"\x55" * (len(whole) - 100), "damaged"),
+    ]:
+        bad.write_bytes(content)
+        for read_only in (True, False):
+            with pytest.raises((ValueError, OSError), match=why) as caught:
+                LabelIndex(bad, read_only=read_only)
+            assert "bad.db" in str(caught.value) and "\n" not in str(caught.value)
+    other = tmp_path / "other.db"
+    db = sqlite3.connect(other)
+    db.execute("CREATE TABLE x (y)")
+    db.commit()
+    db.close()
+    with pytest.raises(ValueError, match="not a label index"):
+        LabelIndex(other)
+    with pytest.raises(FileNotFoundError):
+        LabelIndex(tmp_path / "missing.db")
+    with pytest.raises(OSError):
+        LabelIndex(tmp_path)
+    with pytest.raises(FileExistsError):
+        LabelIndex.create(path)
+
+
+def test_damaged_records_are_one_sentence(path):
+    with LabelIndex(path) as index:
+        index.write_examples([(0, [RawExample([1], [1.0], "top", 0)])])
+    db = sqlite3.connect(path)
+    db.execute("UPDATE examples SET data = ?", (b"not zlib",))
+    db.execute("INSERT INTO effects VALUES (0, ?)", (b"x\x9cK",))
+    db.commit()
+    db.close()
+    with LabelIndex(path) as index:
+        with pytest.raises(ValueError, match="damaged"):
+            index.examples(0)
+        with pytest.raises(ValueError, match="damaged"):
+            index.effects(0)
