@@ -9,6 +9,7 @@ A token's event waits for the forward pass that reads the token, because that pa
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +117,7 @@ class Engine:
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
         folder, where = Path(model), _device(device)
-        transformer = load_model(folder, DTYPES[dtype] if dtype != "auto" else "auto", where)
+        transformer = load_model(folder, DTYPES[dtype] if dtype != "auto" else _auto_dtype(folder, where), where)
         generation = read_generation_defaults(folder)
         return cls(
             transformer,
@@ -135,9 +136,7 @@ class Engine:
         if sae is None:
             return EngineInfo(*facts, notice="no SAE for this model, so no features; `steer train` makes one")
         stats = sae.stats
-        return EngineInfo(
-            *facts, sae.config.hook, sae.config.d_sae, sae.config.k, stats.resid_norm if stats else None
-        )
+        return EngineInfo(*facts, sae.config.hook, sae.config.d_sae, sae.config.k, stats.resid_norm if stats else None)
 
     @property
     def defaults(self) -> Sampling:
@@ -296,7 +295,10 @@ class Engine:
             tokens, _, dropped = self.chat_format.fit_dialog(messages, budget)
         else:
             begins = prompt.text.startswith(BOS)
-            tokens, dropped = self.tokenizer.encode(prompt.text.removeprefix(BOS) if begins else prompt.text, bos=True), 0
+            tokens, dropped = (
+                self.tokenizer.encode(prompt.text.removeprefix(BOS) if begins else prompt.text, bos=True),
+                0,
+            )
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
         return _Row(tokens, dropped, StreamDecoder(self.tokenizer))
@@ -345,7 +347,9 @@ class Engine:
                 )
             return number * maximum
         if stats is None or not stats.resid_norm:
-            raise SteerError(f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength")
+            raise SteerError(
+                f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength"
+            )
         return number / 100 * stats.resid_norm / self._norm(edit.latent)
 
     def _max(self, latent: int) -> float | None:
@@ -373,7 +377,9 @@ class Engine:
     def search(self, query: str, limit: int = 200) -> list[FeatureCard]:
         """Features whose labels match, best first, without examples."""
         if self.index is None:
-            raise SteerError("there is no label index to search", "pass `--labels FILE`, or make one with `steer label collect`")
+            raise SteerError(
+                "there is no label index to search", "pass `--labels FILE`, or make one with `steer label collect`"
+            )
         return [_card(feature) for feature in self.index.search(query, limit)]
 
     def card(self, latent: int) -> FeatureCard:
@@ -398,7 +404,8 @@ class Engine:
         lengths = (record.positions_BT >= 0).sum(1).tolist()
         readable = record.readable_BT.tolist()
         return {
-            row: _to_hits(record.latents, place, readable[place][: lengths[place]]) for place, row in enumerate(record.rows)
+            row: _to_hits(record.latents, place, readable[place][: lengths[place]])
+            for place, row in enumerate(record.rows)
         }
 
     def _prompt_read(self, number: int, row: _Row, hits: Sequence[tuple[LatentHit, ...]] | None) -> PromptRead:
@@ -417,7 +424,11 @@ class Engine:
         index = len(row.prompt) + row.length
         row.length += 1
         special = step.token in self.tokenizer.special_ids
-        others = tuple(Alternative(self.tokenizer.token_text(a.token), a.probability) for a in step.alternatives)
+        others = tuple(
+            Alternative(self.tokenizer.token_text(a.token), a.probability)
+            for a in step.alternatives
+            if a.token != step.token
+        )
         text = "" if special else row.decoder.push(step.token)
         return TokenEvent(number, index, step.token, text, special, step.logprob, step.entropy, others, hits)
 
@@ -478,6 +489,18 @@ def _device(wanted: str) -> str:
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise SteerError(f"device `{wanted}` is not available here", "`--device cpu` always is")
     return wanted
+
+
+def _auto_dtype(folder: Path, device: str) -> torch.dtype | Literal["auto"]:
+    """As stored; but float32 on a CPU without bfloat16 instructions, where it is several times faster, if it fits.
+
+    It fits when the weights, twice as large as a bfloat16 file, take at most half of the machine's memory.
+    """
+    if device != "cpu" or torch.cpu._is_avx512_bf16_supported() or not hasattr(os, "sysconf"):
+        return "auto"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return torch.float32 if 2 * stored <= memory / 2 else "auto"
 
 
 def _check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
