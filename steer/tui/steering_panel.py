@@ -17,7 +17,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from steer.edits import PLACES, Edit, Kind, SteeringSet, Strength, Unit
+from steer.edits import Edit, Kind, Place, SteeringSet, Strength, Unit
 from steer.errors import EXPLAINED, SteerError
 from steer.events import EditReport, Report
 from steer.session import Readout
@@ -27,6 +27,7 @@ from steer.tui.palette import BOLD, DIM, PLAIN, Part
 EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer 21863 +1x."
 LOUD = 60
 """Percent of the residual norm above which, all edits together, text tends to fall apart."""
+NEXT_PLACE: dict[Place, Place] = {"all": "generated", "generated": "prompt", "prompt": "all"}
 HINTS = (
     "left/right step   shift bigger   = exact   - flip   0 zero",
     "a add   c clamp   x ablate   % scale   p bias   w where",
@@ -256,8 +257,7 @@ class SteeringPanel(Widget, can_focus=True):
 
     def action_place(self) -> None:
         if (edit := self.edit) is not None:
-            order = ("all", "generated", "prompt")
-            self._put(replace(edit, place=PLACES[PLACES.index(order[(order.index(edit.place) + 1) % 3])]))
+            self._put(replace(edit, place=NEXT_PLACE[edit.place]))
 
     def action_special_tokens(self) -> None:
         self._change(replace(self.steering, special_tokens=not self.steering.special_tokens))
@@ -403,7 +403,7 @@ class SteeringPanel(Widget, can_focus=True):
         if edit.kind == "ablate" and found.before is not None:
             return f"was {palette.number(found.before)} mean last reply"
         if found.lost:
-            return f"fired {palette.number(found.after)} mean, lost {found.lost} of {found.positions} tokens"
+            return f"fired {palette.number(found.after)} mean, lost {found.lost} of {found.positions}"
         return f"fired {palette.number(found.after)} mean last reply"
 
     def _reported(self, edit: Edit) -> EditReport | None:

@@ -43,12 +43,7 @@ class TokenView(ScrollView, can_focus=True):
     TokenView .token-view--notice { color: $text-warning; text-style: italic; }
     TokenView .token-view--rule { color: $primary; }
     """
-    COMPONENT_CLASSES: ClassVar[set[str]] = {
-        "token-view--name",
-        "token-view--title",
-        "token-view--notice",
-        "token-view--rule",
-    }
+    COMPONENT_CLASSES: ClassVar[set[str]] = {f"token-view--{part}" for part in ("name", "title", "notice", "rule")}
     HELP = "Each token is painted by the feature you chose; Enter pins a token, and its features appear under Token."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "line(-1)", "Previous line"),
@@ -288,8 +283,7 @@ class TokenView(ScrollView, can_focus=True):
 
     def _header(self, section: Section) -> list[Part]:
         name, gap, rest = palette.drawable(section.title).partition("  ")
-        name_style = self.get_component_rich_style("token-view--name", partial=True)
-        return [(name, name_style), (gap + rest, self.get_component_rich_style("token-view--title", partial=True))]
+        return [(name, self._component("name")), (gap + rest, self._component("title"))]
 
     def _draw(self, section: Section, line: Line, at: int | None, width: int, base: Style) -> tuple[Strip, ...]:
         """The strip of a line and, with the ruler on, the one below it."""
