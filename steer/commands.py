@@ -1,7 +1,7 @@
 """Everything the screens can do, in one registry: the footer, the help, the palette, the keys and `/name` come from it.
 
 A command runs on a `Context`, which is what a screen offers; it knows no widget. It raises `SteerError` for what a
-person got wrong, and the screen shows the sentence. Commands with a `key` are bound to it on the chat screen by their name.
+person got wrong, and the screen shows the sentence. Commands with a `key` are bound to it on the chat screen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from steer.edits import KINDS, Edit, SteeringSet
+from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import clean
 from steer.session import Mode, Session, check_max_tokens, check_seed
@@ -260,7 +260,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("quit", "q", "", "leave", lambda context, _: context.quit(), "quit"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
-EDITS = tuple(BY_NAME[kind] for kind in KINDS)
 
 
 def matches(typed: str) -> list[Command]:

@@ -1,0 +1,165 @@
+"""The lines around the panes, each a plain function of the session: headline, reply header, status strip, footer.
+
+A reply's header is written from the engine's report and from nothing else: the panel may hold ten edits, but "steered"
+stands there only when the report says at how many positions they acted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.text import Text
+
+from steer.commands import COMMANDS
+from steer.events import PromptRead, TokenEvent
+from steer.session import Reply, Session
+from steer.tui import palette
+
+
+def spread(left: str, right: str, width: int) -> str:
+    """One line with `left` and `right` at its ends; the left gives way."""
+    left = palette.line(left)
+    room = max(width - len(right) - 3, 0)
+    return f" {palette.fit(left, room)} {right} "[:width]
+
+
+def headline(session: Session | None, width: int) -> str:
+    """Model, hook, session name; then what the next reply is drawn with and how full the context is."""
+    if session is None:
+        return spread("steer  loading the model ...", "", width)
+    info, narrow = session.engine.info, width < 100
+    model = info.model if narrow else f"{info.model} {info.dtype} {info.device}"
+    parts = [f"steer  {model}"]
+    if info.hook is not None:
+        hook = info.hook.replace("blocks.", "").replace(".hook_", " ").split()
+        place = f"{hook[-1]}.{hook[0]}" if len(hook) == 2 else info.hook
+        parts.append(f"sae {place} {short(info.latents)}" if narrow else f"sae {place} {info.latents:,} topk-{info.k}")
+    if session.name and not narrow:
+        parts.append(session.name)
+    steering = session.steering
+    count = len(steering.live)
+    right = [] if info.hook is None else ["BYPASS" if steering.bypass else f"{count} edit{'s' * (count != 1)}"]
+    if not narrow:
+        right.append(f"seed {'random' if session.seed is None else session.seed}")
+        right.append(f"T {session.sampling.temperature:g}")
+    used = context_used(session)
+    right.append(f"ctx {used}/{short(info.context)}" if narrow else f"ctx {used}/{info.context}")
+    return spread(" | ".join(parts), "  ".join(right), width)
+
+
+def context_used(session: Session) -> int:
+    """Tokens the model has read for the last reply."""
+    for turn in reversed(session.turns):
+        if turn.reply is not None:
+            tokens = turn.reply.events or (turn.reply.prompt.tokens if turn.reply.prompt else ())
+            return tokens[-1].index + 1 if tokens else 0
+    return 0
+
+
+def short(number: int) -> str:
+    """A count in at most four characters: `812`, `4k`, `65k`."""
+    return str(number) if number < 1000 else f"{number // 1000}k"
+
+
+def reply_status(reply: Reply) -> str:
+    """`steered, 2 edits  41 tok  34 tok/s`, `not steered  12 tok`; `writing...` until the engine has reported."""
+    count = f"{len(reply.events)} tok"
+    if reply.failed is not None:
+        return f"failed  {count}"
+    if reply.finished is None:
+        return f"writing...  {count}" if reply.events else "writing..."
+    report = reply.finished.report
+    acted = sum(edit.positions > 0 for edit in report.edits)
+    parts = [f"steered, {acted} edit{'s' * (acted != 1)}"] if report.steered else []
+    if report.edits and not report.steered:
+        parts.append("not steered")
+    parts.append(count)
+    if reply.finished.tokens_per_second:
+        parts.append(f"{reply.finished.tokens_per_second:.0f} tok/s")
+    ends = {"cancelled": "stopped", "length": "cut off at the limit", "stop": ""}
+    return "  ".join(part for part in (*parts, ends[reply.finished.finish]) if part)
+
+
+def dropped(prompt: PromptRead) -> str:
+    """What is said when the oldest messages did not fit; empty when all did."""
+    if not prompt.dropped:
+        return ""
+    if prompt.dropped == 1:
+        return "the oldest message no longer fits and was left out"
+    return f"the {prompt.dropped} oldest messages no longer fit and were left out"
+
+
+def tokens_of(content: str, prompt: PromptRead | None) -> Sequence[TokenEvent]:
+    """The prompt's tokens that spell `content`, found from the end; none when they do not end where it does."""
+    content = content.strip()
+    if prompt is None or not content:
+        return ()
+    ends: list[int] = []
+    whole = ""
+    for event in prompt.tokens:
+        whole += "\0" if event.special else event.text
+        ends.append(len(whole))
+    start = whole.rfind(content)
+    if start < 0:
+        return ()
+    first = next(place for place, end in enumerate(ends) if end > start)
+    last = next(place for place, end in enumerate(ends) if end >= start + len(content))
+    found = prompt.tokens[first : last + 1]
+    text = "".join(event.text for event in found)
+    return found if text.strip() == content and not any(event.special for event in found) else ()
+
+
+def strip(
+    event: TokenEvent | None,
+    width: int,
+    *,
+    lead: str,
+    labels: Mapping[int, str],
+    maxima: Callable[[int], float | None],
+    tags: Mapping[int, str],
+) -> Text:
+    """The cursor's token and its two strongest features, for where the Token pane is not on the screen."""
+    line = Text(f" {lead}", no_wrap=True, overflow="crop")
+    if event is None:
+        return line
+    line.append(f"'{palette.visible(palette.drawable(event.text))}'", "bold")
+    if event.logprob is not None:
+        line.append(f" p{palette.share(math.exp(min(event.logprob, 0.0)))}", "dim")
+    hits = event.hits[:2]
+    room = (width - line.cell_len - 1) // max(len(hits), 1)
+    for hit in hits:
+        tag = tags.get(hit.latent, "")
+        number = palette.number(hit.activation)
+        bar = palette.bar(hit.activation, maxima(hit.latent) or event.hits[0].activation, 5)
+        head = f"  {f'{tag} ' if tag else ''}{hit.latent} "
+        label = palette.line(labels.get(hit.latent) or "(no label)")
+        space = max(room - len(head) - len(number) - 8, 0)
+        line.append(head)
+        line.append(palette.fit(label, space) if len(label) > space else label)
+        line.append(f" {number} {bar}")
+    return line
+
+
+def footer(typing: bool, mode: str, width: int) -> Text:
+    """The keys that work now; as many as fit."""
+    if typing:
+        keys = [("Esc", "keys"), ("Enter", "send" if mode == "chat" else "go on"), ("Ctrl+J", "new line")]
+        keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
+    else:
+        keys = [("i", "type"), ("?", "help")]
+        keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name not in ("help", "quit")]
+        keys += [("q", "quit"), ("Ctrl+P", "commands")]
+    return keys_line(keys, width)
+
+
+def keys_line(keys: Sequence[tuple[str, str]], width: int) -> Text:
+    """Keys with what they do, as many as fit."""
+    line = Text(no_wrap=True, overflow="crop")
+    for key, does in keys:
+        if line.cell_len + len(key) + len(does) + 3 > width:
+            break
+        line.append("  " if line else " ")
+        line.append(key, "bold")
+        line.append(f" {does}")
+    return line

@@ -1,0 +1,180 @@
+"""An engine that plays scripts: plain data in the shape of the real thing, without torch and without waiting.
+
+A script is a list of words; each becomes a token with hits that depend on the word alone. Special words: `SPLIT` is a
+character in two tokens, `BOOM` breaks the reply, `HOLD` waits until the test lets it go or the reply is stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from steer.edits import Edit, SteeringSet
+from steer.errors import SteerError
+from steer.events import (
+    Alternative,
+    EditReport,
+    Event,
+    Failed,
+    Finished,
+    LatentHit,
+    PromptRead,
+    Report,
+    TokenEvent,
+)
+from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
+
+SPLIT, BOOM, HOLD = "<split>", "<boom>", "<hold>"
+PLAIN = "I am the Golden Gate Bridge, a suspension bridge of steel and cable painted international orange."
+LABELS = {
+    0: "Golden Gate, bridges",
+    1: "parts of a building",
+    2: "apologising",
+    3: "legal boilerplate",
+    4: "first person",
+    5: "lists of measures",
+    6: "colour words",
+    7: "pairs, 'two of'",
+    8: "weather at sea",
+    9: "steel, metal work",
+}
+LATENTS, MAX, NORM = 4096, 12.4, 40.0
+CONTEXT = 8192
+
+
+def words(text: str) -> list[str]:
+    """The tokens of a text: each word with the space before it."""
+    parts = text.split(" ")
+    return [part if place == 0 else f" {part}" for place, part in enumerate(parts)]
+
+
+def hits_of(text: str) -> tuple[LatentHit, ...]:
+    """Four latents that depend on the word alone; bridge words fire latent 0."""
+    seed = zlib.crc32(text.strip().lower().encode())
+    found = {(seed >> shift) % 10: 1 + (seed >> (shift + 3)) % 80 / 10 for shift in (1, 7, 13, 19)}
+    found.pop(0, None)
+    if any(word in text.lower() for word in ("golden", "gate", "bridge", "suspension", "cable")):
+        found[0] = 6.0 + seed % 60 / 10
+    return tuple(LatentHit(latent, found[latent]) for latent in sorted(found, key=lambda key: -found[key]))
+
+
+class FakeEngine:
+    """Satisfies `EngineLike`."""
+
+    def __init__(self, script: Sequence[str] | str = PLAIN, *, delay: float = 0.0, dropped: int = 0) -> None:
+        self.script = words(script) if isinstance(script, str) else list(script)
+        self.delay, self.dropped = delay, dropped
+        self.info = EngineInfo("llama-fake", "float32", "cpu", CONTEXT, "blocks.4.hook_resid_post", LATENTS, 32, NORM)
+        self.defaults = Sampling()
+        self.go = threading.Event()
+        """Lets a script go on past `HOLD`."""
+        self.held = threading.Event()
+        """Set when a script has come to `HOLD`."""
+        self.prompts: list[Prompt] = []
+        self.sets: list[SteeringSet] = []
+        """What the steering set was at each token."""
+        self.names = dict(LABELS)
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        steering: Callable[[], SteeringSet] | Sequence[SteeringSet],
+        *,
+        sampling: Sampling | Sequence[Sampling],
+        seeds: Sequence[int],
+        max_tokens: int,
+        stop: threading.Event | None = None,
+        hits: bool = True,
+        alternatives: int = 5,
+    ) -> Iterator[Event]:
+        assert callable(steering)
+        prompt = prompts[0]
+        self.prompts.append(prompt)
+        text = prompt.text if prompt.text is not None else prompt.messages[-1][1]
+        if len(text) > CONTEXT:
+            raise SteerError(f"the message has {len(text)} tokens, and this model holds {CONTEXT}", "shorten it")
+        read = [TokenEvent(0, 0, 1, "<bos>", special=True)]
+        read += [TokenEvent(0, place, 7, word, hits=hits_of(word)) for place, word in enumerate(words(text), 1)]
+        if prompt.text is None:
+            read.append(TokenEvent(0, len(read), 2, "<eot>", special=True))
+        yield PromptRead(0, tuple(read), self.dropped)
+        used, started, index, text_out = steering(), time.monotonic(), len(read), 0
+        finish = "stop"
+        for word in self.script:
+            if stop is not None and stop.is_set():
+                finish = "cancelled"
+                break
+            if text_out >= max_tokens:
+                finish = "length"
+                break
+            if word == BOOM:
+                yield Failed("the device is out of memory", "shorten the chat")
+                return
+            if word == HOLD:
+                self.held.set()
+                while not self.go.is_set() and not (stop is not None and stop.is_set()):
+                    time.sleep(0.005)
+                continue
+            used = steering()
+            self.sets.append(used)
+            if self.delay:
+                time.sleep(self.delay)
+            for piece in ("", "é") if word == SPLIT else (word,):
+                others = (Alternative(" spans", 0.11), Alternative(" cables", 0.08), Alternative(" legs", 0.04))
+                found = hits_of(piece) if piece else ()
+                steered = tuple(replace(hit, activation=hit.activation + 1) for hit in found) if used.live else found
+                yield TokenEvent(
+                    0, index, zlib.crc32(word.encode()) % 30000, piece, False, math.log(0.62), 1.3, others, steered
+                )
+                index += 1
+                text_out += 1
+        edits = tuple(EditReport(str(edit), text_out, 2.3, 9.8) for edit in used.live)
+        report = (
+            Report(text_out + 1, text_out + 1 if edits else 0, edits, len(read), index)
+            if edits
+            else Report(text_out + 1)
+        )
+        speed = text_out / max(time.monotonic() - started, 1e-6) if self.delay else 34.0
+        yield Finished(0, finish, seeds[0], report, speed)  # type: ignore[arg-type]  # one of the three
+
+    def check(self, edit: Edit) -> None:
+        if edit.latent >= LATENTS:
+            raise SteerError(f"there is no latent {edit.latent}", f"they go from 0 to {LATENTS - 1}")
+
+    def readout(self, edit: Edit) -> Readout | None:
+        if edit.strength is None or edit.kind == "scale":
+            return None
+        raw = edit.strength.number * {"raw": 1.0, "max": MAX, "norm": NORM / 100}[edit.strength.unit]
+        return Readout(raw, raw / MAX, 100 * raw / NORM)
+
+    def search(self, query: str, limit: int = 200) -> list[FeatureCard]:
+        if query.startswith("max:") and not query[4:].strip("<>").isdecimal():
+            raise SteerError(f"`{query}` is no filter", "write `max:>5`")
+        if query.startswith("id:"):
+            return [replace(self.card(int(query[3:])), examples=())]
+        found = [latent for latent, name in self.names.items() if query.lower() in name.lower()]
+        return [replace(self.card(latent), examples=()) for latent in found][:limit]
+
+    def card(self, latent: int) -> FeatureCard:
+        texts = tuple(words("drove across the Golden Gate Bridge at dawn"))
+        acts = tuple(
+            hit.activation if (hit := next((h for h in hits_of(t) if h.latent == 0), None)) else 0.0 for t in texts
+        )
+        return FeatureCard(
+            latent,
+            self.names.get(latent, ""),
+            "local",
+            MAX,
+            3.1,
+            0.0002 * (latent + 1),
+            ((" Bridge", 0.41), (" Golden", 0.38)),
+            ((" algorithm", -0.19),),
+            tuple((kind, texts, acts) for kind in ("top", "top", "middle", "random")),
+        )
+
+    def labels(self, latents: Sequence[int]) -> dict[int, str]:
+        return {latent: self.names[latent] for latent in latents if latent in self.names}
