@@ -82,7 +82,9 @@ def read_config(folder: Path | str) -> ModelConfig:
     _refuse_other_models(raw, path)
     try:
         return _model_config(raw, path, folder)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if hasattr(error, "hint"):  # already a sentence of ours
+            raise
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else f"a value has the wrong type ({error})"
         raise config_error(f"{path} does not describe a Llama: {what}") from error
 
