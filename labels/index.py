@@ -345,13 +345,19 @@ def _set_label(db: sqlite3.Connection, label: Label) -> None:
     old = "SELECT l.text FROM features f JOIN labels l ON l.id = f.label WHERE f.latent = ?"
     for (text,) in db.execute(old, (label.latent,)).fetchall():
         # A table without content must be told what it had indexed.
-        db.execute("INSERT INTO words (words, rowid, text) VALUES ('delete', ?, ?)", (label.latent, text))
+        old_words = (label.latent, *_sides(text))
+        db.execute("INSERT INTO words (words, rowid, fires, promotes) VALUES ('delete', ?, ?, ?)", old_words)
     added = db.execute(
         "INSERT INTO labels (latent, text, author, created, score) VALUES (?, ?, ?, ?, ?)",
         (label.latent, label.text, label.author, label.created, label.score),
     )
     db.execute("UPDATE features SET label = ? WHERE latent = ?", (added.lastrowid, label.latent))
-    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (label.latent, label.text))
+    db.execute("INSERT INTO words (rowid, fires, promotes) VALUES (?, ?, ?)", (label.latent, *_sides(label.text)))
+
+
+def _sides(text: str) -> tuple[str, str]:
+    fires, _, promotes = text.partition(" -> ")
+    return fires, promotes
 
 
 def _check_header(path: Path) -> None:

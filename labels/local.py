@@ -14,16 +14,17 @@ times the logarithm of its lift: that share over the word's share in the random 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
 from labels.index import Label, LabelIndex
-from labels.words import FUNCTION_WORDS, MARKS, Place, read_places
+from labels.words import FUNCTION_WORDS, MARKS, Place, read_places, words_of
 
 AUTHOR: Final = "local"
 MOST_WORDS: Final = 4
@@ -38,7 +39,9 @@ def label_local(index: LabelIndex, *, relabel: bool = False) -> dict[str, int]:
 
     Labels by others are kept, unless `relabel`. A label that would not change is not written again.
     """
-    texts, base = index.token_bytes(), base_rates(index)
+    texts = index.token_bytes()
+    base, seen = read_words(index, texts)
+    complete = completion(seen)
     counts = dict.fromkeys(("labelled", "unchanged", "kept", "dead"), 0)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new: list[Label] = []
@@ -48,7 +51,7 @@ def label_local(index: LabelIndex, *, relabel: bool = False) -> dict[str, int]:
         if feature.label and feature.author != AUTHOR and not relabel:
             counts["kept"] += 1
             continue
-        text = describe(index, latent, texts, base)
+        text = describe(index, latent, texts, base, complete)
         outcome = (
             "dead" if not text else "unchanged" if (text, AUTHOR) == (feature.label, feature.author) else "labelled"
         )
@@ -59,15 +62,17 @@ def label_local(index: LabelIndex, *, relabel: bool = False) -> dict[str, int]:
     return counts
 
 
-def base_rates(index: LabelIndex) -> Counter[str]:
-    """How often each word and mark occurs in the random examples of all latents."""
-    texts, base = index.token_bytes(), Counter[str]()
+def read_words(index: LabelIndex, texts: Mapping[int, bytes]) -> tuple[Counter[str], Counter[str]]:
+    """In how many random examples each word or mark occurs (under "" how many there are), and all words of all."""
+    base, seen = Counter[str](), Counter[str]()
     for latent in index.latents():
         for example in index.raw_examples(latent):
             if example.kind == "random":
                 base.update({place.word or place.mark for place in read_places(example, texts)})
                 base[""] += 1
-    return base
+            # The last word may be cut off by the window's end.
+            seen.update(words_of(example, texts)[:-1])
+    return base, seen
 
 
 @dataclass
@@ -76,12 +81,13 @@ class Evidence:
 
     words: Shares = field(default_factory=dict)
     marks: Shares = field(default_factory=dict)
-    pieces: Shares = field(default_factory=dict)
+    pieces: dict[tuple[str, str], float] = field(default_factory=dict)
     before: Shares = field(default_factory=dict)
     after: Shares = field(default_factory=dict)
     opens: Shares = field(default_factory=dict)
     capital: Shares = field(default_factory=dict)
     """of each word, the share seen with a capital inside a sentence"""
+    examples: int = 0
     first: float = 0.0
     """share on the first token of a window, which is where a text starts"""
 
@@ -94,24 +100,25 @@ def gather(places: Iterable[tuple[int, int, Place, float]]) -> Evidence:
         if weight > strongest.get(once, (0.0, 0, place))[0]:
             strongest[once] = (weight, number, place)
     total = sum(weight for weight, _, _ in strongest.values())
-    evidence = Evidence()
-
-    def add(shares: Shares, key: str, weight: float) -> None:
-        if key:
-            shares[key] = shares.get(key, 0.0) + weight / total
+    evidence = Evidence(examples=len({example for example, _ in strongest}))
 
     for weight, number, place in strongest.values():
+        if place.piece is not None:
+            evidence.pieces[place.piece] = evidence.pieces.get(place.piece, 0.0) + weight / total
         for shares, key in (
-            (evidence.words, place.word), (evidence.marks, place.mark), (evidence.pieces, place.piece),
-            (evidence.before, place.before), (evidence.after, place.after), (evidence.opens, place.opens),
+            (evidence.words, place.word), (evidence.marks, place.mark), (evidence.before, place.before),
+            (evidence.after, place.after), (evidence.opens, place.opens),
             (evidence.capital, place.word if place.capital else ""),
         ):  # fmt: skip
-            add(shares, key, weight)
+            if key:
+                shares[key] = shares.get(key, 0.0) + weight / total
         evidence.first += weight / total if number == 0 else 0.0
     return evidence
 
 
-def describe(index: LabelIndex, latent: int, texts: Mapping[int, bytes], base: Counter[str]) -> str:
+def describe(
+    index: LabelIndex, latent: int, texts: Mapping[int, bytes], base: Counter[str], complete: Callable[[str], str]
+) -> str:
     """The label of one latent; "" when it has no examples."""
     firing: list[tuple[int, int, Place, float]] = []
     for number, example in enumerate(index.raw_examples(latent)):
@@ -124,7 +131,7 @@ def describe(index: LabelIndex, latent: int, texts: Mapping[int, bytes], base: C
         return ""
     on = fires_on(gather(firing), base)
     said = set(re.findall(r"[\w']+", on))
-    promoted = [word for word in promoted_words(index.effects(latent)[0]) if word not in said][:MOST_PROMOTED]
+    promoted = [word for word in promoted_words(index.effects(latent)[0], complete) if word not in said][:MOST_PROMOTED]
     return f"{on} -> {', '.join(promoted)}" if promoted else on
 
 
@@ -152,15 +159,32 @@ def fires_on(evidence: Evidence, base: Counter[str]) -> str:
     return ", ".join(best)
 
 
-def promoted_words(promotes: Iterable[tuple[str, float]]) -> list[str]:
-    """Whole words among promoted tokens at half the strength of the strongest or more: case-folded, each once."""
+def completion(seen: Counter[str]) -> Callable[[str], str]:
+    """A function that turns the beginning of a word into the commonest word of `seen` with it, if it is none itself."""
+
+    @functools.cache
+    def complete(start: str) -> str:
+        if start in seen:
+            return start
+        whole = [word for word in seen if word.startswith(start)]
+        return max(whole, key=lambda word: (seen[word], word), default=start) if len(start) > 2 else ""
+
+    return complete
+
+
+def promoted_words(promotes: Iterable[tuple[str, float]], complete: Callable[[str], str]) -> list[str]:
+    """Words that begin with promoted tokens at half the strength of the strongest or more: case-folded, each once.
+
+    A token that is no word itself, such as ` aftern`, stands for the one that `complete` makes of it.
+    """
     found: list[str] = []
     tokens = list(promotes)
     for text, value in tokens:
         word = text.strip().casefold()
-        if value < 0.5 * tokens[0][1] or word in found:
+        if value < 0.5 * tokens[0][1] or text[:1] != " " or not re.fullmatch(r"[^\W\d_]{2,}", word):
             continue
-        if (text[:1] == " " or text[:1].isupper()) and re.fullmatch(r"[^\W\d_]{2,}", word):
+        word = complete(word)
+        if word and word not in found:
             found.append(word)
     return found
 
@@ -171,7 +195,9 @@ def _beside(what: list[str], evidence: Evidence, base: Counter[str]) -> str:
     for side, shares in (("after", evidence.before), ("before", evidence.after)):
         telling = {word: share for word, share in shares.items() if word not in FUNCTION_WORDS and word not in _NAMED}
         likely = [word for word in _best(telling, base) if telling[word] >= 0.15]
-        if likely and sum(telling[word] for word in likely) >= 0.4:
+        # One of them must come back: in a few examples every neighbour has a large share.
+        often = any(telling[word] > 1.5 / evidence.examples for word in likely)
+        if often and sum(telling[word] for word in likely) >= 0.4:
             return f"{name} {side} {', '.join(likely)}"
     constant = _leading(evidence.before, 1)
     if constant and evidence.before[constant[0]] > 0.6:
@@ -190,11 +216,15 @@ def _phrase(word: str, evidence: Evidence, base: Counter[str]) -> str:
 
 def _piece(evidence: Evidence) -> str | None:
     """`word ending -ing` when one piece of different words takes most of the activation."""
-    for piece, share in evidence.pieces.items():
-        spread = max(evidence.words.values(), default=1.0)
-        if share > 0.6 and spread < 0.5 * share:
-            place, text = piece.split(" ", 1)
-            return {"start": "word starting ", "end": "word ending ", "inside": "word with "}[place] + text
+    total: Shares = {}
+    for (_, text), share in evidence.pieces.items():
+        total[text] = total.get(text, 0.0) + share
+    for text, share in total.items():
+        if share > 0.6 and max(evidence.words.values()) < 0.5 * share:
+            for place, pattern in (("start", "word starting {}-"), ("end", "word ending -{}")):
+                if evidence.pieces.get((place, text), 0.0) > 0.8 * share:
+                    return pattern.format(text)
+            return f"word with -{text}-"
     return None
 
 

@@ -24,8 +24,10 @@ def first_tables(db: sqlite3.Connection) -> None:
         "CREATE INDEX labels_latent ON labels (latent)",
         "CREATE TABLE features (latent INTEGER PRIMARY KEY, max_activation REAL, mean_on REAL, density REAL, "
         "histogram BLOB, label INTEGER REFERENCES labels (id))",
-        "CREATE VIRTUAL TABLE words USING fts5 (text, content='', prefix='1 2 3', "
+        "CREATE VIRTUAL TABLE words USING fts5 (fires, promotes, content='', prefix='1 2 3', "
         "tokenize='unicode61 remove_diacritics 2')",
+        # What a latent fires on counts three times what stands behind the arrow of its label.
+        "INSERT INTO words (words, rank) VALUES ('rank', 'bm25(3.0, 1.0)')",
         "CREATE TABLE tokens (id INTEGER PRIMARY KEY, bytes BLOB NOT NULL)",
         "CREATE TABLE examples (latent INTEGER PRIMARY KEY, data BLOB NOT NULL)",
         "CREATE TABLE effects (latent INTEGER PRIMARY KEY, data BLOB NOT NULL)",

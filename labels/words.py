@@ -40,8 +40,8 @@ class Place:
     """The case-folded word it belongs to, or "" for a mark."""
     mark: str
     """The name of the mark, or "" for a word."""
-    piece: str
-    """`start`, `end` or `inside` with the token's own text, such as `end -ing`, where it is part of a word; else ""."""
+    piece: tuple[str, str] | None
+    """`start`, `end` or `inside` and the token's own text, such as `end` and `ing`, where it is part of a word."""
     before: str
     """The word or mark in front of this one, "" at the window's start."""
     after: str
@@ -70,11 +70,17 @@ def read_places(example: RawExample, texts: Mapping[int, bytes]) -> list[Place]:
     return places
 
 
+def words_of(example: RawExample, texts: Mapping[int, bytes]) -> list[str]:
+    """The words of a window, case-folded."""
+    text = b"".join(texts.get(token, b"") for token in example.tokens).decode("utf-8", "replace")
+    return [_fold(word) for word in _WORD.findall(text)]
+
+
 def name_mark(text: str) -> str:
     """What a mark is called: `full stop`, `line break`, or the mark itself in quotes."""
     if not text.strip():
         return "line break" if "\n" in text else "space"
-    text = text.strip()
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text.strip()[:8])
     return MARKS.get(text) or (f"{MARKS[text[0]]} and {MARKS[text[1]]}" if _pair(text) else f"'{text}'")
 
 
@@ -100,25 +106,29 @@ def _units(text: str) -> list[tuple[int, int, bool]]:
 
 def _place(text: str, units: Sequence[tuple[int, int, bool]], unit: int, start: int, stop: int) -> Place:
     if not units or not text[start:stop].strip(" \t\r\ufffd"):
-        return Place("", name_mark(text[start:stop] or " "), "", "", "", False, "")
+        return Place("", name_mark(text[start:stop] or " "), None, "", "", False, "")
     begin, end, is_word = units[unit]
     before, after = _named(text, units, unit - 1), _named(text, units, unit + 1)
     if not is_word:
-        return Place("", name_mark(text[begin:end]), "", before, after, False, "")
+        return Place("", name_mark(text[begin:end]), None, before, after, False, "")
     word, own = text[begin:end], text[max(start, begin) : min(stop, end)]
-    piece = ""
+    piece = None
     if len(own) < len(word):
         at_start, at_end = start <= begin, stop >= end
-        piece = f"start {own}-" if at_start else f"end -{own}" if at_end else f"inside -{own}-"
+        piece = ("start" if at_start else "end" if at_end else "inside", own.casefold())
     gap = text[units[unit - 1][0] : begin] if unit else ""
     opens = "line" if "\n" in gap else "sentence" if re.search(r"[.!?]", gap) else ""
     quoted = bool(re.search(r"[\"\u201c]\s*$", gap))
     capital = word[:1].isupper() and bool(before) and not opens and not quoted
-    return Place(word.casefold().replace("\u2019", "'"), "", piece.casefold(), before, after, capital, opens)
+    return Place(_fold(word), "", piece, before, after, capital, opens)
 
 
 def _named(text: str, units: Sequence[tuple[int, int, bool]], unit: int) -> str:
     if not 0 <= unit < len(units):
         return ""
     start, stop, is_word = units[unit]
-    return text[start:stop].casefold().replace("\u2019", "'") if is_word else name_mark(text[start:stop])
+    return _fold(text[start:stop]) if is_word else name_mark(text[start:stop])
+
+
+def _fold(word: str) -> str:
+    return word.casefold().replace("\u2019", "'")
