@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae.model import SAE, SAEConfig
@@ -116,7 +116,10 @@ def read_config(folder: Path | str) -> SAEConfig:
         raise SAEFileError(f"there is no SAE folder {folder}")
     cfg = _read_json(file)
     if cfg.get("format") != FORMAT:
-        raise SAEFileError(f"{file} is not the cfg.json of a {FORMAT} folder", 'ours begins with "format": "steer-sae"; foreign formats must be converted first')
+        raise SAEFileError(
+            f"{file} is not the cfg.json of a {FORMAT} folder",
+            'ours begins with "format": "steer-sae"; foreign formats must be converted first',
+        )
     if cfg.get("version") != VERSION:
         raise SAEFileError(f"{file} has format version {cfg.get('version')!r}; this program reads version {VERSION}")
     known = {field.name: str if field.name in ("activation", "hook") else int for field in fields(SAEConfig)}
@@ -162,7 +165,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     os.replace(temporary, file)
 
 

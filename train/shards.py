@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from train.errors import TrainError
@@ -46,7 +46,7 @@ def write_shard(
     name = f"{number:06d}.safetensors"
     temporary = folder / (name + ".tmp")
     columns = {"tokens": tokens_N.int(), "documents": docs_N.int(), "positions": positions_N.int()}
-    save_file({"rows": rows_ND.bfloat16().contiguous()} | columns, temporary)
+    temporary.write_bytes(save({"rows": rows_ND.bfloat16().contiguous()} | columns))
     entry = {"name": name, "rows": len(rows_ND), "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
     os.replace(temporary, folder / name)
     return entry

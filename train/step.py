@@ -139,6 +139,10 @@ class SparseStep:
         indices_CK, pre_CK = self.encoder.topk(centred_CD, self.recipe.k)
         return indices_CK, pre_CK.relu_()
 
+    def reconstruct(self, indices_CK: Tensor, acts_CK: Tensor) -> Tensor:
+        """The reconstruction (C, D), without `b_dec`."""
+        return decode_sparse(indices_CK, acts_CK, self.weights["W_dec"])
+
     def for_chunks(self, work: Callable[[slice], T], tokens: int) -> list[T]:
         """The results of `work` on each chunk of `tokens` tokens, in order."""
         return self._each(work, [slice(i, min(i + CHUNK, tokens)) for i in range(0, tokens, CHUNK)])
@@ -157,7 +161,7 @@ class SparseStep:
         def run(chunk: slice) -> None:
             torch.sub(x_BD[chunk], w["b_dec"], out=centred_BD[chunk])
             indices_BK[chunk], acts_BK[chunk] = self.encode(centred_BD[chunk])
-            y_CD = decode_sparse(indices_BK[chunk], acts_BK[chunk], w["W_dec"])
+            y_CD = self.reconstruct(indices_BK[chunk], acts_BK[chunk])
             torch.sub(y_CD, centred_BD[chunk], out=error_BD[chunk])
             d_acts_BK[chunk] = gather_dot(error_BD[chunk], w["W_dec"], indices_BK[chunk]).mul_(acts_BK[chunk] > 0)
 
