@@ -33,6 +33,10 @@ from steer.store import Store
 from steer.tui.chat import ChatScreen
 from steer.tui.features import FeaturesScreen
 
+WIDTHS = [(0, "-thin"), (60, "-narrow"), (100, "-normal"), (160, "-wide")]
+HEIGHTS = [(0, "-low"), (16, "-short"), (30, "-tall")]
+"""Columns and rows from which on a screen has a class; `app.tcss` says what each looks like."""
+
 
 class Registry(Provider):
     """The commands of the registry, for the palette. One that needs an argument is put into the message box."""
@@ -66,8 +70,8 @@ class SteerApp(App[int]):
     TITLE = "steer"
     CSS_PATH = Path(steer.tui.__file__).parent / "app.tcss"
     COMMANDS: ClassVar[Any] = {Registry}
-    HORIZONTAL_BREAKPOINTS = [(0, "-thin"), (60, "-narrow"), (100, "-normal"), (160, "-wide")]
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (16, "-short"), (30, "-tall")]
+    HORIZONTAL_BREAKPOINTS = WIDTHS
+    VERTICAL_BREAKPOINTS = HEIGHTS
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "interrupt", show=False, priority=True),
         Binding("colon", "command_palette", "Command palette"),

@@ -7,15 +7,11 @@ last event of a reply wake the drain at once. No widget is touched outside the i
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -23,18 +19,17 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import DescendantFocus, Resize
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import Static
 
 from steer import commands
 from steer.commands import COMMANDS, Paint
 from steer.edits import Edit, Strength
 from steer.errors import EXPLAINED, SteerError, sentence
-from steer.events import Event, Failed, Finished, PromptRead, TokenEvent, clean
-from steer.session import Mode, Reply, Session
-from steer.store import clean_name, snapshot
+from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
+from steer.session import Mode, Session
 from steer.tui import palette, status
-from steer.tui.dialogs import ROOM, Ask, Choose, Confirm, Help, help_text, plain
+from steer.tui.actions import Actions
+from steer.tui.dialogs import ROOM, Ask, plain
 from steer.tui.feature_card import FeatureCardView
 from steer.tui.features import FeaturesScreen
 from steer.tui.inspector import Inspector
@@ -44,12 +39,12 @@ from steer.tui.token_view import TokenView
 from steer.tui.transcript import Transcript
 
 if TYPE_CHECKING:
-    from app import SteerApp
+    pass
 
 HERTZ = 20
 
 
-class ChatScreen(Screen[None]):
+class ChatScreen(Actions):
     """See the module's docstring. It satisfies `commands.Context`."""
 
     AUTO_FOCUS = "#prompt"
@@ -83,10 +78,7 @@ class ChatScreen(Screen[None]):
         """Set to stop the reply; None while none is written."""
         self._key = ""
         self._sent = ""
-        self.notice = ""
         self._pinned = False
-        self._labels: dict[int, str] = {}
-        self._maxima: dict[int, float | None] = {}
 
     def compose(self) -> ComposeResult:
         yield plain("", id="headline")
@@ -123,44 +115,11 @@ class ChatScreen(Screen[None]):
     # What the screen shows
 
     @property
-    def steer_app(self) -> SteerApp:
-        return cast("SteerApp", self.app)
-
-    @property
-    def session(self) -> Session:
-        if self.steer_app.session is None:
-            raise SteerError("the model is still loading", "a message sent now waits for it")
-        return self.steer_app.session
-
-    def label(self, latents: Sequence[int]) -> dict[int, str]:
-        """The labels of at least these latents; the engine is asked once for each."""
-        missing = [latent for latent in latents if latent not in self._labels]
-        if missing:
-            found = self.session.engine.labels(missing)
-            self._labels |= {latent: found.get(latent, "") for latent in missing}
-        return self._labels
-
-    def maximum(self, latent: int) -> float | None:
-        """The recorded max of a latent, None where there is none."""
-        if latent not in self._maxima:
-            try:
-                readout = self.session.engine.readout(Edit(latent, "add", Strength(1.0, "max")))
-            except EXPLAINED:
-                readout = None
-            self._maxima[latent] = readout.raw if readout is not None else None
-        return self._maxima[latent]
-
-    @property
     def tags(self) -> dict[int, str]:
         """The letters of the steered latents, as the panel shows them."""
         edits = self.steer_app.session.steering.edits if self.steer_app.session else ()
         pairs = zip(edits, palette.TAGS, strict=False)
         return {edit.latent: tag for edit, tag in reversed(list(pairs))}
-
-    @property
-    def last_reply(self) -> Reply | None:
-        turns = self.steer_app.session.turns if self.steer_app.session else ()
-        return next((turn.reply for turn in reversed(turns) if turn.reply is not None), None)
 
     def draw(self) -> None:
         """Draws everything but the transcript's text from the session."""
@@ -170,7 +129,7 @@ class ChatScreen(Screen[None]):
         mode: Mode = session.mode if session else "chat"
         self.query_one("#footer", Static).update(status.footer(typing, mode, width))
         self.prompt.border_title = palette.title("Message" if mode == "chat" else "Text to go on from")
-        self.prompt.border_subtitle = palette.title("Enter send   Ctrl+J new line   / commands")
+        self.prompt.border_subtitle = palette.title("Enter send · Ctrl+J new line · / commands")
         self.transcript.border_title = palette.title("Chat" if mode == "chat" else "Text")
         if session is None:
             return
@@ -220,24 +179,6 @@ class ChatScreen(Screen[None]):
         """Draws the transcript anew."""
         self.transcript.show(self.session)
         self.paint(self.painting)
-
-    def say(self, text: str, *, error: bool = False) -> None:
-        """Shows one line above the message box; empty takes it away."""
-        self.notice, notice = text, self.query_one("#notice", Static)
-        notice.update(Text(clean(text)))
-        notice.set_class(bool(text), "-said")
-        notice.set_class(error, "-error")
-
-    def attempt(self, act: Callable[[], object]) -> bool:
-        """Does something; what a person got wrong becomes a line of text. Whether it was done."""
-        self.say("")
-        try:
-            act()
-        except EXPLAINED as error:
-            hint = getattr(error, "hint", None)
-            self.say(sentence(error) + (f" ({hint})" if hint else ""), error=True)
-            return False
-        return True
 
     def begin(self, notice: str) -> None:
         """The session is there: draws it, and sends what has been waiting."""
@@ -434,9 +375,6 @@ class ChatScreen(Screen[None]):
 
     # Keys, and what commands need of the screen
 
-    def action_command(self, name: str, argument: str = "") -> None:
-        self.attempt(partial(commands.execute, self, f"/{name} {argument}"))
-
     def action_escape(self) -> None:
         if self.stop():
             return
@@ -453,10 +391,6 @@ class ChatScreen(Screen[None]):
         around: list[Paint] = [None, *dict.fromkeys(edit.latent for edit in self.session.steering.edits)]
         here = around.index(self.painting) if self.painting in around else 0
         self.paint(around[(here + step) % len(around)])
-
-    def steered(self, text: str) -> None:
-        self.draw()
-        self.say(text)
 
     def paint(self, what: Paint) -> None:
         if isinstance(what, int) and not 0 <= what < self.session.engine.info.latents:
@@ -492,10 +426,6 @@ class ChatScreen(Screen[None]):
             self.app.pop_screen()
         self.app.push_screen(FeaturesScreen(self, words))
 
-    def show_help(self) -> None:
-        screen = self.app.screen
-        self.app.push_screen(Help(help_text(screen, screen.focused)))
-
     def take_back(self) -> None:
         gone = self.session.undo_last()
         text = "".join(turn.content for turn in gone if turn.reply is None)
@@ -508,61 +438,3 @@ class ChatScreen(Screen[None]):
             return False
         self._stop.set()
         return True
-
-    def _given(self, act: Callable[[str], None]) -> Callable[[str | None], None]:
-        """What a dialog calls when it ends: `act` on what was given, nothing when it was left."""
-
-        def given(text: str | None) -> None:
-            if text:
-                self.attempt(partial(act, text))
-
-        return given
-
-    def save(self, name: str) -> None:
-        store = self.steer_app.store()
-        if not name:
-            ask = Ask("Save the session as", value=self.session.name or "", check=clean_name)
-            self.app.push_screen(ask, self._given(self.save))
-            return
-        store.save(self.session, name)
-        self.steered(f"saved as {self.session.name}")
-
-    def open(self, name: str) -> None:
-        store = self.steer_app.store()
-        if not name:
-            if not (names := store.names()):
-                raise SteerError("there is no saved session yet", "sessions are saved after each reply")
-            choose = Choose("Open a session", names)
-            self.app.push_screen(choose, self._given(self.open))
-            return
-        notice = store.restore(name, self.session)
-        self.draw_turns()
-        self.say(notice or f"opened {self.session.name}", error=notice is not None)
-
-    def export(self, path: Path) -> None:
-        partial_file = path.with_name(f".{path.name}.partial")
-        partial_file.write_text(json.dumps(snapshot(self.session), ensure_ascii=False), "utf-8", "surrogatepass")
-        os.replace(partial_file, path)
-        self.say(f"wrote {path}")
-
-    def copy(self) -> None:
-        if (reply := self.last_reply) is None:
-            raise SteerError("there is no reply to copy")
-        self.app.copy_to_clipboard(clean(reply.text))
-        self.say("copied the last reply")
-
-    def set_theme(self, name: str) -> None:
-        themes = sorted(self.app.available_themes)
-        if not name:
-            self.app.push_screen(Choose("Theme", themes), self._given(self.set_theme))
-        elif name not in themes:
-            raise SteerError(f"there is no theme `{clean(name)}`", f"there are {', '.join(themes)}")
-        else:
-            self.app.theme = name
-
-    def quit(self) -> None:
-        if self._stop is None:
-            self.app.exit(0)
-            return
-        question = "A reply is still being written. Stop it and leave?"
-        self.app.push_screen(Confirm(question), lambda yes: self.app.exit(0) if yes else None)

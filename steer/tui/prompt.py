@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.events import Key
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -22,8 +23,8 @@ class Prompt(TextArea):
 
     HELP = "Enter sends. A line that begins with / is a command; Tab completes it. Esc leaves the box for the keys."
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Send", priority=True),
-        Binding("ctrl+j,shift+enter", "newline", "New line", priority=True),
+        Binding("enter", "send", "Send"),
+        Binding("ctrl+j,shift+enter", "newline", "New line"),
         Binding("up", "older", "Older message"),
         Binding("down", "newer", "Newer message"),
         Binding("tab", "complete", "Complete a command"),
@@ -55,6 +56,13 @@ class Prompt(TextArea):
         """Makes `text` what is being written, with the cursor after it."""
         self.text = text
         self.move_cursor(self.document.end)
+
+    async def _on_key(self, event: Key) -> None:
+        # Not a priority binding: those overtake the letters that were typed just before.
+        if event.key == "enter":
+            event.stop()
+            event.prevent_default()
+            self.action_send()
 
     def action_send(self) -> None:
         text = self.text
