@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from textual import on
 from textual.binding import Binding, BindingType
-from textual.events import Resize
+from textual.events import Blur, Focus, Resize
 from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
@@ -90,9 +91,6 @@ class Inspector(Widget, can_focus=True):
         self.border_subtitle = palette.title(f"'{palette.visible(event.text)}'" if event is not None else "")
         self._draw()
 
-    def on_resize(self, event: Resize) -> None:
-        self._draw()
-
     def notify_style_update(self) -> None:
         super().notify_style_update()
         if self.is_mounted:
@@ -103,6 +101,9 @@ class Inspector(Widget, can_focus=True):
             return self._strips[y]
         return palette.strip((), self.size.width, self.rich_style)
 
+    @on(Resize)
+    @on(Focus)
+    @on(Blur)
     def _draw(self) -> None:
         width, height, base = self.size.width, self.size.height, self.rich_style
         self._strips = [palette.strip(parts, width, base) for parts in self._rows(width, height)[:height]]
@@ -183,12 +184,6 @@ class Inspector(Widget, can_focus=True):
     def _chosen(self) -> int:
         assert self.event is not None
         return next((place for place, hit in enumerate(self.event.hits) if hit.latent == self.selected), 0)
-
-    def on_focus(self) -> None:
-        self._draw()
-
-    def on_blur(self) -> None:
-        self._draw()
 
     def action_choose(self, step: int) -> None:
         if self.event is not None and self.event.hits:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from textual import on
 from textual.binding import Binding, BindingType
-from textual.events import Resize
+from textual.events import Blur, Focus, Resize
 from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
@@ -275,15 +276,6 @@ class SteeringPanel(Widget, can_focus=True):
 
     # Drawing
 
-    def on_resize(self, event: Resize) -> None:
-        self._draw()
-
-    def on_focus(self) -> None:
-        self._draw()
-
-    def on_blur(self) -> None:
-        self._draw()
-
     def notify_style_update(self) -> None:
         super().notify_style_update()
         if self.is_mounted:
@@ -294,6 +286,9 @@ class SteeringPanel(Widget, can_focus=True):
             return self._strips[y]
         return palette.strip((), self.size.width, self.rich_style)
 
+    @on(Resize)
+    @on(Focus)
+    @on(Blur)
     def _draw(self) -> None:
         live, edits = len([e for e in self.steering.edits if not e.muted]), len(self.steering.edits)
         state = (

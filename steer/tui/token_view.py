@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rich.style import Style
+from textual import on
 from textual.binding import Binding, BindingType
 from textual.events import Blur, Click, Focus, Resize
 from textual.geometry import Size
@@ -237,12 +238,8 @@ class TokenView(ScrollView, can_focus=True):
         super().notify_style_update()
         self._version += 1
 
-    def on_focus(self, event: Focus) -> None:
-        self._restyle()
-
-    def on_blur(self, event: Blur) -> None:
-        self._restyle()
-
+    @on(Focus)
+    @on(Blur)
     def _restyle(self) -> None:
         self._version += 1
         self.refresh()
@@ -327,6 +324,7 @@ class TokenView(ScrollView, can_focus=True):
         last = first
         while last + 1 < len(lines) and lines[last + 1].pieces and lines[last + 1].pieces[0].token == place:
             last += 1
+        first = max(first - 1, 0)  # where its leading space may hang
         self.refresh_lines(self._row(section, first), (last - first + 1) * self._line_height(section))
 
     def _move(self, section: Section, place: int, *, keep_goal: bool = False) -> None:
@@ -385,8 +383,10 @@ class TokenView(ScrollView, can_focus=True):
         row += self._line_height(section) if step > 0 else -1
         while 0 <= row < self._starts[-1]:
             found, number, _ = self._locate(row)
-            pieces = found.wrapped.lines[number].pieces if found is not None and 0 <= number < found.height else []
-            near = [piece for piece in pieces if piece.token >= 0]
+            line = found.wrapped.lines[number] if found is not None and 0 <= number < found.height else Line()
+            near = [
+                p for p in line.pieces if found is not None and p.token >= 0 and found.wrapped.first[p.token] == number
+            ]
             if found is not None and near:
                 goal = self._goal
                 best = min(

@@ -66,7 +66,9 @@ class Wrapped:
         self.width = max(width, 1)
         self.lines = [Line()]
         self.first: dict[int, int] = {}
-        """The line on which a token begins."""
+        """The line a token is at home on: that of its first visible character, or else of its first white space."""
+        self._solid: int | None = None
+        """The last token that has a visible character."""
         self._word: int | None = None
         """The piece of the last line with which its open word begins; None after a space."""
 
@@ -97,7 +99,11 @@ class Wrapped:
         line.pieces.append(Piece(token, text, line.width, cells))
         line.width += cells
         line.version += 1
-        self.first.setdefault(token, len(self.lines) - 1)
+        if text.isspace() or token == self._solid:
+            self.first.setdefault(token, len(self.lines) - 1)
+        else:
+            self.first[token] = len(self.lines) - 1
+            self._solid = token
 
     def _break(self) -> None:
         self.lines.append(Line())
@@ -123,13 +129,12 @@ class Wrapped:
         moved, line.pieces = line.pieces[start:], line.pieces[:start]
         line.width = moved[0].x
         line.version += 1
+        stay = {piece.token for piece in line.pieces if not piece.text.isspace()}
         self._break()
-        stays = line.pieces[-1].token
         for piece in moved:
-            if piece.token != stays:
-                del self.first[piece.token]
-                stays = piece.token
-        for piece in moved:
+            if piece.token not in stay and self.first[piece.token] == len(self.lines) - 2:
+                self.first[piece.token] = len(self.lines) - 1
+            self._solid = piece.token
             self._put(piece.token, piece.text, piece.width)
 
     def _cut(self, token: int, text: str) -> None:
