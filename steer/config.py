@@ -70,8 +70,11 @@ class Settings:
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """`defaults`, with the temperature and the top-p of these settings where they are given."""
-        given = {"temperature": self.temperature, "top_p": self.top_p}
-        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            defaults,
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+        )
 
     @classmethod
     def load(cls, **typed: Any) -> Settings:

@@ -214,16 +214,17 @@ class Session:
         *,
         store: StoreLike | None = None,
         system: str | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Callable[[Sampling], Sampling] | None = None,
         seed: int | None = None,
         max_tokens: int = REPLY_TOKENS,
         pace: float = 0.0,
         mode: Mode = "chat",
     ) -> None:
+        """`sampling` may also be what makes it from the engine's own defaults, which are what counts without it."""
         self.engine = engine
         self.store = store
         self.system = system
-        self.sampling = sampling or engine.defaults
+        self.sampling = sampling(engine.defaults) if callable(sampling) else sampling or engine.defaults
         self.seed = None if seed is None else check_seed(seed)
         """None: a fresh seed is drawn for each reply; `Reply.seed` holds it."""
         self.max_tokens = check_max_tokens(max_tokens)

@@ -1,0 +1,51 @@
+"""The `steer` command: data on stdout, everything else on stderr, one sentence for what a person got wrong.
+
+One file for each group of commands; what every command takes is declared in `options.py`. Torch and Textual are
+imported inside the commands that need them, so that `steer --help` is instant.
+
+Exit codes: 0 done; 1 a mistake or a failed check, explained; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from steer.cli import capture, chat, complete, doctor, features, inspect, label, train
+from steer.cli.options import app
+from steer.errors import EXPLAINED, ExitCode, render
+
+__all__ = ["app", "main"]
+
+COMMANDS = (chat, complete, inspect, features, capture, train, label, doctor)
+"""The modules that put their commands on `app`, in the order of the help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(list(arguments), prog_name="steer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else ExitCode.DONE
+    except BrokenPipeError:  # whoever read our output has enough; Python's own flush at the end must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except typer.TyperException as error:
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        hint = f"\n\nhint: `{context.command_path} --help` lists what it takes" if context else ""
+        print(f"error: {message.rstrip('.')}{hint}", file=sys.stderr)
+        return ExitCode.USAGE
+    except EXPLAINED as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(render(error), file=sys.stderr)
+        return ExitCode.MISTAKE

@@ -1,0 +1,175 @@
+"""`steer complete`: text goes on from where it stops. Several prompts are rows of one batch."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from steer.cli import engines
+from steer.cli.options import Chat, Edits, Error, Json, command, given_text, narrate, put, steering_set
+from steer.config import Settings
+from steer.edits import SteeringSet
+from steer.errors import EXPLAINED, ExitCode, sentence
+from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean
+from steer.session import MAX_SEED, EngineLike, Prompt, Role, check_max_tokens
+
+DEFAULT_TOKENS = 128
+
+
+@dataclass(slots=True)
+class Row:
+    """One prompt and what came of it."""
+
+    prompt: str
+    seed: int
+    events: list[TokenEvent] = field(default_factory=list)
+    finished: Finished | None = None
+    failed: str | None = None
+
+    @property
+    def text(self) -> str:
+        shown = "".join(event.text for event in self.events if not event.special)
+        return shown + (self.finished.text if self.finished else "")
+
+
+@command(sampled=True)
+def complete(
+    settings: Settings,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Several are one batch; without any, one a line on stdin.", metavar="PROMPT..."),
+    ] = None,
+    edit: Edits = None,
+    error: Error = "keep",
+    chat: Chat = False,
+    hits: Annotated[int, typer.Option(help="Features of each token in --json, the N strongest.", metavar="N")] = 0,
+    json: Json = False,
+) -> int:
+    """Go on from a text."""
+    steering = steering_set(edit, error)
+    texts = prompts or [line for line in given_text(None, "prompt").splitlines() if line.strip()]
+    engine = engines.make_engine(settings)
+    for one in steering.edits:
+        engine.check(one)
+    context = engine.info.context
+    limit = (
+        min(DEFAULT_TOKENS, context) if settings.max_tokens is None else check_max_tokens(settings.max_tokens, context)
+    )
+    seeds = [random.SystemRandom().randint(0, MAX_SEED) if settings.seed is None else settings.seed for _ in texts]
+    rows = [Row(text, seed) for text, seed in zip(texts, seeds, strict=True)]
+    head: tuple[tuple[Role, str], ...] = (("system", settings.system),) if settings.system else ()
+    asks = [Prompt(messages=(*head, ("user", text))) if chat else Prompt(text=text) for text in texts]
+    live = len(rows) == 1 and not json and sys.stdout.isatty()
+    with engines.interruptible() as stop:
+        events = _events(engine, asks, steering, settings, seeds, limit, stop, hits > 0)
+        _follow(events, rows, live, lambda row: _show(row, engine, steering, hits, json, live, len(rows) > 1))
+    if any(row.failed for row in rows):
+        return ExitCode.MISTAKE
+    return ExitCode.INTERRUPTED if stop.is_set() else ExitCode.DONE
+
+
+def _events(
+    engine: EngineLike,
+    asks: list[Prompt],
+    steering: SteeringSet,
+    settings: Settings,
+    seeds: list[int],
+    limit: int,
+    stop: Any,
+    hits: bool,
+) -> Iterable[Event]:
+    """The engine's stream, its errors as `Failed` too: a batch that breaks still tells what it has."""
+    try:
+        yield from engine.stream(
+            asks,
+            [steering] * len(asks),
+            sampling=settings.sampling(engine.defaults),
+            seeds=seeds,
+            max_tokens=limit,
+            stop=stop,
+            hits=hits,
+            alternatives=0,
+        )
+    except EXPLAINED as error:
+        yield Failed(sentence(error), getattr(error, "hint", None))
+
+
+def _follow(events: Iterable[Event], rows: list[Row], live: bool, show: Any) -> None:
+    """Fills the rows; each is shown when it and all before it are done."""
+    shown = 0
+    for event in events:
+        match event:
+            case TokenEvent():
+                rows[event.row].events.append(event)
+                if live and not event.special:
+                    print(clean(event.text), end="", flush=True)
+            case Finished():
+                rows[event.row].finished = event
+            case Failed():
+                narrate(f"error: {clean(event.message)}" + (f"\n\nhint: {clean(event.hint)}" if event.hint else ""))
+                for row in rows:
+                    row.failed = None if row.finished else event.message
+            case _:
+                pass
+        while shown < len(rows) and (rows[shown].finished or rows[shown].failed):
+            show(rows[shown])
+            shown += 1
+
+
+def _show(row: Row, engine: EngineLike, steering: SteeringSet, hits: int, json: bool, live: bool, many: bool) -> None:
+    if json:
+        put(_entry(row, engine, steering, hits))
+        return
+    if row.failed is None:
+        print(
+            clean(row.finished.text) if live and row.finished else clean(row.text),
+            end="\n\n" if many else "\n",
+            flush=True,
+        )
+    if row.finished:
+        narrate(f"seed {row.seed}, {len(row.events)} tokens, {row.finished.finish}")
+        for line in report_lines(row.finished.report) if steering.edits else ():
+            narrate(line)
+
+
+def _entry(row: Row, engine: EngineLike, steering: SteeringSet, hits: int) -> dict[str, Any]:
+    """The JSON object of a reply."""
+    entry: dict[str, Any] = {"prompt": row.prompt, "text": row.text, "tokens": [event.token for event in row.events]}
+    entry |= {"finish": row.finished.finish if row.finished else None, "seed": row.seed}
+    entry |= {"edits": [str(edit) for edit in steering.edits]}
+    entry |= {"report": report_entry(row.finished.report) if row.finished else None}
+    if hits > 0:
+        kept = [event.hits[:hits] for event in row.events]
+        names = engine.labels(sorted({hit.latent for some in kept for hit in some}))
+        entry["hits"] = [[hit_entry(hit, names) for hit in some] for some in kept]
+    return entry | ({"error": row.failed} if row.failed else {})
+
+
+def hit_entry(hit: LatentHit, names: dict[int, str]) -> dict[str, Any]:
+    """One active latent as JSON: `latent`, `activation`, `label`."""
+    activation = float(f"{hit.activation:.6g}")
+    return {"latent": hit.latent, "activation": activation, "label": names.get(hit.latent, "")}
+
+
+def report_entry(report: Report) -> dict[str, Any]:
+    """The engine's report as JSON."""
+    return asdict(report) | {"steered": report.steered}
+
+
+def report_lines(report: Report) -> list[str]:
+    """The engine's report for a person."""
+    lines = [
+        f"{'steered' if report.steered else 'not steered'}: the set ran in {report.applied} of {report.steps} steps"
+    ]
+    for edit in report.edits:
+        change = (
+            "" if edit.before is None or edit.after is None else f", activation {edit.before:.3g} -> {edit.after:.3g}"
+        )
+        lost = f", lost the race at {edit.lost}" if edit.lost else ""
+        lines.append(f"  {clean(edit.text)}: at {edit.positions} positions{change}{lost}")
+    return lines

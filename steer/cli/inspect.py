@@ -1,0 +1,100 @@
+"""`steer inspect`: the features of every token of a text, or the latents ranked over the whole text."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from steer.cli import engines
+from steer.cli.complete import hit_entry
+from steer.cli.options import Chat, Json, command, given_text, narrate, put
+from steer.config import Settings
+from steer.errors import SteerError
+from steer.events import LatentHit, TokenEvent, clean
+
+Aggregate = Literal["mean", "last", "max"]
+
+
+@command()
+def inspect(
+    settings: Settings,
+    text: Annotated[str | None, typer.Argument(help="The text; without it, all of stdin.")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="Features per token, or of the text (default 5, 20).", metavar="N")
+    ] = None,
+    chat: Chat = False,
+    by: Annotated[
+        Literal["token", "text"], typer.Option(help="Features of each token, or ranked over the text.")
+    ] = "token",
+    aggregate: Annotated[
+        Aggregate, typer.Option(help="How `--by text` ranks: over tokens but the first and special.")
+    ] = "mean",
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", metavar="FILE")] = None,
+    json: Json = False,
+) -> None:
+    """Show which features are active on each token of a text."""
+    if top is not None and top < 1:
+        raise SteerError(f"--top is {top}", "give at least 1")
+    wanted = given_text(text, "text")
+    engine = engines.make_engine(settings)
+    if engine.info.hook is None:
+        raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`")
+    tokens = engine.inspect(wanted, chat=chat)
+    names = engine.labels(sorted({hit.latent for token in tokens for hit in token.hits}))
+    if html is not None:
+        from steer.cli.page import page
+
+        _write(html, page(tokens, names, engine.info))
+        narrate(f"wrote {html}")
+    elif by == "text":
+        _by_text(tokens, names, aggregate, top or 20, json)
+    elif json:
+        for token in tokens:
+            hits = [hit_entry(hit, names) for hit in token.hits[:top]]
+            put({"index": token.index, "token": token.token, "text": token.text, "hits": hits})
+    else:
+        for token in tokens:
+            named = [
+                f"{hit.latent} {hit.activation:.2f} {clean(names.get(hit.latent, ''))}"
+                for hit in token.hits[: top or 5]
+            ]
+            first, *more = named or [""]
+            print(f"{token.index:>5}  {clean(repr(token.text)):<18}  {first}".rstrip())
+            for line in more:
+                print(f"{'':27}{line}")
+
+
+def rank(tokens: Sequence[TokenEvent], aggregate: Aggregate) -> list[tuple[int, float, int]]:
+    """(latent, value, tokens it is active on), highest value first; where the SAE is not read does not count."""
+    read = [token for token in tokens if token.index > 0 and not token.special]
+    activations: dict[int, list[float]] = defaultdict(list)
+    for token in read[-1:] if aggregate == "last" else read:
+        for hit in token.hits:
+            activations[hit.latent].append(hit.activation)
+    whole = len(read) if aggregate == "mean" else 1
+    value = {latent: (max(some) if aggregate == "max" else sum(some) / whole) for latent, some in activations.items()}
+    return sorted(
+        ((latent, value[latent], len(some)) for latent, some in activations.items()), key=lambda row: (-row[1], row[0])
+    )
+
+
+def _by_text(tokens: Sequence[TokenEvent], names: dict[int, str], aggregate: Aggregate, top: int, json: bool) -> None:
+    for latent, value, count in rank(tokens, aggregate)[:top]:
+        if json:
+            put(hit_entry(LatentHit(latent, value), names) | {"aggregate": aggregate, "tokens": count})
+        else:
+            print(f"{latent:>7}  {value:>8.3f}  on {count:>4} tokens  {clean(names.get(latent, ''))}".rstrip())
+
+
+def _write(file: Path, text: str) -> None:
+    partial: Any = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

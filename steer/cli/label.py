@@ -1,0 +1,81 @@
+"""`steer label`: collect what latents fire on into an index, and label them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.cli import engines
+from steer.cli.capture import Files, check_files, hashes
+from steer.cli.options import Json, app, command, narrate, put
+from steer.config import DEMO_MODEL, DEMO_SAE, Settings
+from steer.errors import SteerError
+
+label = typer.Typer(help="Collect examples of latents and label them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(label, name="label")
+
+Index = Annotated[Path, typer.Argument(help="The label index.", metavar="INDEX")]
+
+
+@command(label)
+def collect(
+    settings: Settings,
+    files: Files,
+    out: Annotated[Path, typer.Option(help="The index to write.", metavar="INDEX")],
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to read at most.", metavar="N")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random examples.", metavar="N")] = 0,
+    json: Json = False,
+) -> None:
+    """Stream text through model and SAE; keep examples and statistics of every latent."""
+    from train.collect import collect as run
+
+    check_files(files)
+    if max_tokens is not None and max_tokens < 1:
+        raise SteerError(f"--max-tokens is {max_tokens}", "give at least 1")
+    engine = engines.load_engine(settings)
+    if engine.sae is None:
+        raise SteerError("there is no SAE whose latents could be collected", "pass `--sae FOLDER`")
+    model = Path(settings.model) if settings.model else DEMO_MODEL
+    sae = Path(settings.sae) if settings.sae else DEMO_SAE
+    meta = {f"model/{name}": digest for name, digest in hashes(model).items()}
+    meta["sae/sae.safetensors"] = hashes(sae)["sae.safetensors"]
+    counts = run(
+        engine.model,
+        engine.sae,
+        engine.tokenizer,
+        files,
+        out,
+        max_tokens=max_tokens,
+        seed=seed,
+        progress=lambda done, of: narrate(f"read {done:,} tokens" + (f" of at most {of:,}" if of else "")),
+        meta=meta,
+        stats_folder=sae if settings.sae else None,
+    )
+    _show(counts, json)
+
+
+@command(label)
+def local(
+    settings: Settings,
+    index: Index,
+    relabel: Annotated[bool, typer.Option("--relabel", help="Also where somebody else's label stands.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a first label for every live latent, without any API."""
+    from labels.index import LabelIndex
+    from labels.local import label_local
+
+    if not index.is_file():
+        raise SteerError(f"there is no file `{index}`", "`steer label collect` makes an index")
+    with LabelIndex(index) as opened:
+        counts = label_local(opened, relabel=relabel)
+    _show(counts, json)
+
+
+def _show(counts: dict[str, int], json: bool) -> None:
+    if json:
+        put(dict(counts))
+    else:
+        print(", ".join(f"{name} {count:,}" for name, count in counts.items()))

@@ -1,0 +1,125 @@
+"""The typer app, the options that every command takes, and how commands read settings, edits and text.
+
+`@command(group)` turns a function with a keyword `settings` into a command: the shared options are put in its place,
+and it is called with the `Settings` they make with `steer.toml`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+from steer import __version__
+from steer.config import Settings
+from steer.edits import GRAMMAR, Edit, SteeringSet
+from steer.errors import SteerError
+
+app = typer.Typer(
+    name="steer",
+    help="Watch and steer what a Llama 3 model is thinking while you talk to it. Alone, `steer` opens the chat.",
+    epilog="Exit codes: 0 done, 1 a mistake or a failed check, 2 wrong usage, 130 interrupted.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_SHARED: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Option(help="Folder of the model; without it, the demo.", metavar="DIR")],
+    "sae": Annotated[str | None, typer.Option(help="Folder of the SAE.", metavar="DIR")],
+    "labels": Annotated[str | None, typer.Option(help="Label index.", metavar="FILE")],
+    "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")],
+    "dtype": Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")],
+    "threads": Annotated[int | None, typer.Option(help="CPU threads.", metavar="N")],
+}
+_SAMPLED: dict[str, Any] = {
+    "seed": Annotated[int | None, typer.Option(help="Without it, one is drawn and reported.", metavar="N")],
+    "max_tokens": Annotated[int | None, typer.Option(help="The most tokens of a reply.", metavar="N")],
+    "temperature": Annotated[float | None, typer.Option(help="0 takes the likeliest token.")],
+    "top_p": Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")],
+}
+"""Every one of these is a field of `Settings`; None means that it was not typed."""
+
+Edits = Annotated[list[str] | None, typer.Option("--edit", help=f"{GRAMMAR}; repeatable.", metavar="EDIT")]
+Error = Annotated[
+    Literal["keep", "drop"], typer.Option("--error", help="What becomes of the SAE's reconstruction error.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap the text in the chat format.")]
+
+
+def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Puts a function on `group` as a command that takes the shared options; with `sampled`, those of sampling too."""
+    shared = _SHARED | (_SAMPLED if sampled else {})
+
+    def add(body: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**given: Any) -> Any:
+            del given["debug"]  # `main` has seen it
+            typed = {name: given.pop(name) for name in shared}
+            return body(settings=Settings.load(**typed), **given)
+
+        own = [
+            entry for entry in inspect.signature(body, eval_str=True).parameters.values() if entry.name != "settings"
+        ]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        more = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in shared.items()]
+        more.append(inspect.Parameter("debug", keyword, default=False, annotation=Debug))
+        own = [entry.replace(kind=keyword) for entry in own]
+        run.__signature__ = inspect.Signature(own + more)  # type: ignore[attr-defined]  # typer reads it
+        run.__name__, run.__doc__, run.__annotations__ = body.__name__, body.__doc__, {}
+        group.command()(run)
+        return body
+
+    return add
+
+
+def steering_set(edits: list[str] | None, error: Literal["keep", "drop"] = "keep") -> SteeringSet:
+    """The set that was typed; a `SteerError` names the edit that is none."""
+    return SteeringSet(tuple(Edit.parse(text) for text in edits or ()), error)
+
+
+def given_text(text: str | None, what: str) -> str:
+    """`text`, or all of stdin when it was not typed or is `-`; never empty."""
+    if text is None or text == "-":
+        if sys.stdin.isatty() and text is None:
+            raise typer.BadParameter(f"give {what}, or pipe it in")
+        text = sys.stdin.read()
+    if not text.strip():
+        raise SteerError(f"there is no {what}: the input is empty")
+    return text
+
+
+def put(entry: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout; ASCII, so that nothing in it reaches a terminal."""
+    print(json.dumps(entry), flush=True)
+
+
+def narrate(text: str) -> None:
+    """A line for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"steer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def steer(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        from steer.cli.chat import chat
+
+        context.exit(chat(settings=Settings.load()))
