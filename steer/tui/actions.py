@@ -20,7 +20,7 @@ from steer import commands
 from steer.edits import Edit, Strength
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import clean
-from steer.session import Session
+from steer.session import Reply, Session
 from steer.store import clean_name, snapshot
 from steer.tui.dialogs import Ask, Choose, Confirm, Help, help_text
 

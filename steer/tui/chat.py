@@ -125,9 +125,8 @@ class ChatScreen(Actions):
         """Draws everything but the transcript's text from the session."""
         session, width = self.steer_app.session, self.app.size.width
         self.query_one("#headline", Static).update(Text(status.headline(session, width)))
-        typing = self.focused is self.prompt
+        self._draw_footer()
         mode: Mode = session.mode if session else "chat"
-        self.query_one("#footer", Static).update(status.footer(typing, mode, width))
         self.prompt.border_title = palette.title("Message" if mode == "chat" else "Text to go on from")
         self.prompt.border_subtitle = palette.title("Enter send · Ctrl+J new line · / commands")
         self.transcript.border_title = palette.title("Chat" if mode == "chat" else "Text")
@@ -140,6 +139,10 @@ class ChatScreen(Actions):
         self.panel.show(session.steering, labels=labels, readouts=session.engine.readout, report=report)
         self._draw_painting()
         self._draw_token()
+
+    def _draw_footer(self) -> None:
+        line = status.footer(self.focused is self.prompt, self.steer_app.session, self.app.size.width)
+        self.query_one("#footer", Static).update(line)
 
     def _draw_painting(self) -> None:
         if isinstance(self.painting, int):
@@ -198,6 +201,7 @@ class ChatScreen(Actions):
         self.transcript.follow = True
         self.transcript.scroll_end(animate=False)
         self.timer.resume()
+        self.draw()
         self.run_worker(partial(self._generate, session, self._stop), thread=True, group="reply")
 
     def _generate(self, session: Session, stop: threading.Event) -> None:
@@ -304,10 +308,7 @@ class ChatScreen(Actions):
     def on_descendant_focus(self, event: DescendantFocus) -> None:
         if event.widget in (self.panel, self.inspector) and self.has_class("-narrow"):
             self._sheet("steering" if event.widget is self.panel else "token")
-        session = self.steer_app.session
-        mode: Mode = session.mode if session else "chat"
-        line = status.footer(event.widget is self.prompt, mode, self.app.size.width)
-        self.query_one("#footer", Static).update(line)
+        self._draw_footer()
 
     # What the panes say
 

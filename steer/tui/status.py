@@ -141,13 +141,16 @@ def strip(
     return line
 
 
-def footer(typing: bool, mode: str, width: int) -> Text:
+def footer(typing: bool, session: Session | None, width: int) -> Text:
     """The keys that work now; as many as fit."""
+    writing = session is not None and session.busy
+    esc = ("Esc", "stop" if writing else "keys")
     if typing:
-        keys = [("Esc", "keys"), ("Enter", "send" if mode == "chat" else "go on"), ("Ctrl+J", "new line")]
+        go_on = session is not None and session.mode == "completion"
+        keys = [esc, ("Tab", "panes"), ("Enter", "go on" if go_on else "send"), ("Ctrl+J", "new line")]
         keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
     else:
-        keys = [("i", "type"), ("?", "help")]
+        keys = [*([esc] if writing else []), ("i", "type"), ("?", "help")]
         keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name not in ("help", "quit")]
         keys += [("q", "quit"), ("Ctrl+P", "commands")]
     return keys_line(keys, width)
