@@ -1,8 +1,9 @@
 """`Steerer`: the callable that stands at a hook point, reads latents and applies compiled edits.
 
-It happens to have the shape of a hook, `(resid_BTD, span) -> resid_BTD`, and knows nothing else of a model. Edits arrive
-compiled: raw strengths, plain places. With no live edit and nothing to record it returns its argument itself, so logits
-stay bit-identical to those without an SAE. All arithmetic is float32; the sum is rounded once to the stream's dtype.
+It happens to have the shape of a hook, `(resid_BTD, span) -> resid_BTD`, and knows nothing else of a model. Edits
+arrive compiled: raw strengths, plain places. With no live edit and nothing to record it returns its argument itself,
+so logits stay bit-identical to those without an SAE. All arithmetic is float32; the sum is rounded once to the stream's
+dtype.
 
     f = encode(x),  a = f_i,  d = W_dec[i]          every edit of a set reads this same f; their deltas are summed
     add v       v * d
@@ -154,7 +155,7 @@ class Steerer:
     def _deltas(
         self, compiled: CompiledSet, f: Latents, pre_RTF: Tensor | None, allowed_RT: Tensor, generated_RT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed deltas (R, T, D) of a set, where each edit acted (E, R, T) and where a bias lost the race (E, R, T)."""
+        """The summed deltas (R, T, D); where each edit acted and where a bias lost the race, both (E, R, T)."""
         like = self.sae.b_dec_D
         delta_RTD = torch.zeros(*allowed_RT.shape, like.shape[0], device=like.device)
         acting_ERT = torch.zeros(len(compiled.edits), *allowed_RT.shape, dtype=torch.bool, device=like.device)

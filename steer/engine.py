@@ -9,7 +9,6 @@ A token's event waits for the forward pass that reads the token, because that pa
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +28,17 @@ from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from sae.checkpoint import load_sae
-from sae.intervene import CompiledEdit, CompiledSet, Steerer
+from sae.intervene import CompiledSet, Steerer
 from sae.model import SAE, Latents
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
+from steer.device import choose_device, choose_dtype
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Alternative, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
+from steer.resolve import Resolver
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOS = "<|begin_of_text|>"
 
 
@@ -70,7 +70,7 @@ class _Row:
 
 
 class Engine:
-    """A model, its SAE and its labels, ready to talk. Methods may be called from any thread; one forward runs at a time."""
+    """A model, its SAE and its labels, ready to talk. Any thread may call it; one reply runs at a time."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Engine:
             _check_pair(model, sae, self._hook)
         if sae and index and (width := index.meta().get("d_sae")) and int(width) != sae.config.d_sae:
             raise SteerError(f"these labels are for an SAE of {width} latents, this one has {sae.config.d_sae}")
-        self._name = name
+        self._name, self._resolver = name, Resolver(sae)
 
     @classmethod
     def load(
@@ -107,17 +107,15 @@ class Engine:
         """The engine of a model folder, an SAE folder and a label index; the shipped demo where `model` is None.
 
         The shipped SAE and labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto
-        (as stored), float32, bfloat16 or float16; `threads` bounds torch's CPU threads. Raises `SteerError`, `ValueError`
-        or `OSError` with one sentence for a folder that is wrong, damaged or does not fit.
+        (see `choose_dtype`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads. Raises `SteerError`,
+        `ValueError` or `OSError` with one sentence for a folder that is wrong, damaged or does not fit.
         """
-        if dtype != "auto" and dtype not in DTYPES:
-            raise SteerError(f"`{dtype}` is no dtype", f"choose auto, {', '.join(DTYPES)}")
         if threads is not None:
             torch.set_num_threads(threads)
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
-        folder, where = Path(model), _device(device)
-        transformer = load_model(folder, DTYPES[dtype] if dtype != "auto" else _auto_dtype(folder, where), where)
+        folder, where = Path(model), choose_device(device)
+        transformer = load_model(folder, choose_dtype(dtype, folder, where), where)
         generation = read_generation_defaults(folder)
         return cls(
             transformer,
@@ -313,64 +311,15 @@ class Engine:
 
     def compile(self, steering: SteeringSet) -> CompiledSet:
         """The live edits with raw strengths; a `SteerError` for one that cannot run here."""
-        for edit in steering.live:
-            self.check(edit)
-        drop = steering.error == "drop" and not steering.bypass
-        return CompiledSet(tuple(self._compiled(edit) for edit in steering.live), drop, steering.special_tokens)
-
-    def _compiled(self, edit: Edit) -> CompiledEdit:
-        return CompiledEdit(edit.kind, edit.latent, self._raw(edit), edit.if_on, edit.place)
+        return self._resolver.compile(steering)
 
     def check(self, edit: Edit) -> None:
         """`SteerError` when the edit cannot run here: no SAE, a latent out of range, a unit without its reference."""
-        if self.sae is None:
-            raise SteerError(f"`{edit}` needs an SAE, and none is loaded", "pass `--sae FOLDER`")
-        self._in_range(edit.latent)
-        self._raw(edit)
-
-    def _in_range(self, latent: int) -> None:
-        if self.sae is not None and not 0 <= latent < self.sae.config.d_sae:
-            raise SteerError(f"there is no latent {latent}: this SAE has {self.sae.config.d_sae}, from 0")
-
-    def _raw(self, edit: Edit) -> float:
-        if edit.strength is None or self.sae is None:
-            return 0.0
-        number, stats = edit.strength.number, self.sae.stats
-        if edit.strength.unit == "raw":
-            return number
-        if edit.strength.unit == "max":
-            maximum = self._max(edit.latent)
-            if not maximum:
-                raise SteerError(
-                    f"latent {edit.latent} has no recorded max, so `{edit.strength}` means nothing",
-                    "write a raw strength (`13.6`) or a share of the residual norm (`30%`)",
-                )
-            return number * maximum
-        if stats is None or not stats.resid_norm:
-            raise SteerError(
-                f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength"
-            )
-        return number / 100 * stats.resid_norm / self._norm(edit.latent)
-
-    def _max(self, latent: int) -> float | None:
-        stats = self.sae.stats if self.sae else None
-        return float(stats.max_F[latent]) if stats else None
-
-    def _norm(self, latent: int) -> float:
-        assert self.sae is not None
-        return float(self.sae.decoder_direction(latent).float().norm())
+        self._resolver.check(edit)
 
     def readout(self, edit: Edit) -> Readout | None:
         """The edit's strength in all units; None for `ablate`, `scale`, and where it cannot run."""
-        if self.sae is None or edit.strength is None or edit.kind == "scale":
-            return None
-        try:
-            self.check(edit)
-        except SteerError:
-            return None
-        raw, maximum, stats = self._raw(edit), self._max(edit.latent), self.sae.stats
-        of_norm = 100 * raw * self._norm(edit.latent) / stats.resid_norm if stats and stats.resid_norm else None
-        return Readout(raw, raw / maximum if maximum else None, of_norm)
+        return self._resolver.readout(edit)
 
     # -- features ---------------------------------------------------------------------------------------------------
 
@@ -384,10 +333,10 @@ class Engine:
 
     def card(self, latent: int) -> FeatureCard:
         """All that is known of a latent; a `SteerError` when it is out of range."""
-        self._in_range(latent)
+        self._resolver.check_latent(latent)
         feature = self.index.feature(latent) if self.index else None
         if self.index is None or feature is None:
-            return FeatureCard(latent, max_activation=self._max(latent))
+            return FeatureCard(latent, max_activation=self._resolver.maximum(latent))
         promotes, suppresses = self.index.effects(latent)
         examples = tuple((example.kind, example.tokens, example.activations) for example in self.index.examples(latent))
         return _card(feature, tuple(promotes), tuple(suppresses), examples)
@@ -446,13 +395,13 @@ class Engine:
     def _report(self, number: int, row: _Row, steerer: Steerer | None) -> Report:
         if steerer is None:
             return Report(row.steps)
-        written = {self._compiled(edit): str(edit) for one in row.sets for edit in one.live}
+        written = {self._resolver.edit(edit): str(edit) for one in row.sets for edit in one.live}
         tallies = {edit: tally for (of_row, edit), tally in steerer.tallies.items() if of_row == number}
         edits, spans = [], []
         for edit, tally in tallies.items():
             count = int(tally.positions)
-            mean = (float(tally.before) / count, float(tally.after) / count) if count else (None, None)
-            edits.append(EditReport(written[edit], count, *mean, lost=int(tally.lost)))
+            before, after = (float(tally.before) / count, float(tally.after) / count) if count else (None, None)
+            edits.append(EditReport(written[edit], count, before, after, int(tally.lost)))
             if count:
                 spans.append((int(tally.first), int(tally.last)))
         first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (None, None)
@@ -478,29 +427,6 @@ def _to_hits(latents: Latents, row: int, readable: Sequence[bool]) -> list[tuple
         tuple(LatentHit(i, v) for i, v in zip(indices, values, strict=True) if v > 0) if reads else ()
         for indices, values, reads in zip(indices_TK.tolist(), values_TK.tolist(), readable, strict=True)
     ]
-
-
-def _device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = wanted.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise SteerError(f"`{wanted}` is no device", "choose auto, cpu, cuda or mps")
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise SteerError(f"device `{wanted}` is not available here", "`--device cpu` always is")
-    return wanted
-
-
-def _auto_dtype(folder: Path, device: str) -> torch.dtype | Literal["auto"]:
-    """As stored; but float32 on a CPU without bfloat16 instructions, where it is several times faster, if it fits.
-
-    It fits when the weights, twice as large as a bfloat16 file, take at most half of the machine's memory.
-    """
-    if device != "cpu" or torch.cpu._is_avx512_bf16_supported() or not hasattr(os, "sysconf"):
-        return "auto"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return torch.float32 if 2 * stored <= memory / 2 else "auto"
 
 
 def _check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:

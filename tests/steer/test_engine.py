@@ -182,7 +182,7 @@ def test_without_an_sae_edits_are_refused_and_text_still_comes() -> None:
 
 
 def test_an_sae_of_another_width_or_depth_is_refused() -> None:
-    with pytest.raises(SteerError, match="vectors of 16.*stream has 32"):
+    with pytest.raises(SteerError, match=r"vectors of 16.*stream has 32"):
         Engine(tiny_model(), byte_tokenizer(), tiny_sae(d_in=16))
     with pytest.raises(SteerError, match=r"blocks\.9"):
         Engine(tiny_model(), byte_tokenizer(), tiny_sae(hook="blocks.9.hook_resid_post"))

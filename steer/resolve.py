@@ -1,0 +1,80 @@
+"""Where a written strength meets its SAE: `1.1x` and `30%` become raw numbers, and what cannot run is refused."""
+
+from __future__ import annotations
+
+from sae.intervene import CompiledEdit, CompiledSet
+from sae.model import SAE
+from steer.edits import Edit, SteeringSet
+from steer.errors import SteerError
+from steer.session import Readout
+
+
+class Resolver:
+    """Resolves edits against one SAE, or refuses them all where there is none."""
+
+    def __init__(self, sae: SAE | None) -> None:
+        self._sae = sae
+
+    def compile(self, steering: SteeringSet) -> CompiledSet:
+        """The live edits with raw strengths; a `SteerError` for one that cannot run here."""
+        for edit in steering.live:
+            self.check(edit)
+        drop = steering.error == "drop" and not steering.bypass
+        return CompiledSet(tuple(self.edit(edit) for edit in steering.live), drop, steering.special_tokens)
+
+    def edit(self, edit: Edit) -> CompiledEdit:
+        """One edit, already checked, as the steerer takes it."""
+        return CompiledEdit(edit.kind, edit.latent, self._raw(edit), edit.if_on, edit.place)
+
+    def check(self, edit: Edit) -> None:
+        """`SteerError` when the edit cannot run here: no SAE, a latent out of range, a unit without its reference."""
+        if self._sae is None:
+            raise SteerError(f"`{edit}` needs an SAE, and none is loaded", "pass `--sae FOLDER`")
+        self.check_latent(edit.latent)
+        self._raw(edit)
+
+    def check_latent(self, latent: int) -> None:
+        """`SteerError` when the SAE has no such latent."""
+        if self._sae is not None and not 0 <= latent < self._sae.config.d_sae:
+            raise SteerError(f"there is no latent {latent}: this SAE has {self._sae.config.d_sae}, from 0")
+
+    def maximum(self, latent: int) -> float | None:
+        """The latent's recorded max, or None without statistics."""
+        stats = self._sae.stats if self._sae else None
+        return float(stats.max_F[latent]) if stats else None
+
+    def readout(self, edit: Edit) -> Readout | None:
+        """The edit's strength in all units; None for `ablate`, `scale`, and where it cannot run."""
+        if self._sae is None or edit.strength is None or edit.kind == "scale":
+            return None
+        try:
+            self.check(edit)
+        except SteerError:
+            return None
+        raw, maximum, stats = self._raw(edit), self.maximum(edit.latent), self._sae.stats
+        of_norm = 100 * raw * self._norm(edit.latent) / stats.resid_norm if stats and stats.resid_norm else None
+        return Readout(raw, raw / maximum if maximum else None, of_norm)
+
+    def _raw(self, edit: Edit) -> float:
+        if edit.strength is None or self._sae is None:
+            return 0.0
+        number, stats = edit.strength.number, self._sae.stats
+        if edit.strength.unit == "raw":
+            return number
+        if edit.strength.unit == "max":
+            maximum = self.maximum(edit.latent)
+            if not maximum:
+                raise SteerError(
+                    f"latent {edit.latent} has no recorded max, so `{edit.strength}` means nothing",
+                    "write a raw strength (`13.6`) or a share of the residual norm (`30%`)",
+                )
+            return number * maximum
+        if stats is None or not stats.resid_norm:
+            raise SteerError(
+                f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength (`13.6`)"
+            )
+        return number / 100 * stats.resid_norm / self._norm(edit.latent)
+
+    def _norm(self, latent: int) -> float:
+        assert self._sae is not None
+        return float(self._sae.decoder_direction(latent).float().norm())
