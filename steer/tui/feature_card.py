@@ -69,10 +69,10 @@ class FeatureCardView(ScrollView, can_focus=True):
 
     def _page(self, card: FeatureCard, width: int) -> list[list[Part]]:
         rows: list[list[Part]] = [[(text, BOLD)] for text in palette.wrapped(card.label or "(no label)", width)]
-        author = f"label by {card.author}   " if card.author else ""
+        author = f"label by {card.author}, " if card.author else ""
         facts = (
-            f"{author}max {palette.number(card.max_activation)}   density {palette.percent(card.density)}"
-            f"   mean when on {palette.number(card.mean_on)}"
+            f"{author}max {palette.number(card.max_activation)}, density {palette.percent(card.density)}"
+            f", mean when on {palette.number(card.mean_on)}"
         )
         rows += [[(text, DIM)] for text in palette.wrapped(facts, width)]
         for name, tokens in (("Pushes up    ", card.promotes), ("Pushes down  ", card.suppresses)):

@@ -330,7 +330,7 @@ class SteeringPanel(Widget, can_focus=True):
         tag = palette.TAGS[place] if place < len(palette.TAGS) else " "
         kind = edit.kind + (" if on" if edit.if_on else "")
         kind += {"all": "", "generated": " gen", "prompt": " prompt"}[edit.place] + (" MUTE" if edit.muted else "")
-        label = palette.fit(self._labels.get(edit.latent) or "(no label)", max(width - 12 - len(kind), 0))
+        label = palette.fit(self._labels.get(edit.latent) or "(no label)", max(width - 11 - len(kind), 0))
         head: list[Part] = [
             ("> " if chosen else "  ", style),
             (tag, palette.tag_style(tag, palette.is_colourless(self.app))),

@@ -17,7 +17,20 @@ HOSTILE = ["\x1b]0;x\x07", "[/]", "[@click=app.quit]x[/]", "中文字", "👩‍
 
 @pytest.mark.parametrize(
     ("activation", "band"),
-    [(0, 0), (-1, 0), (float("nan"), 0), (0.1, 0), (0.2, 1), (1, 2), (2.5, 3), (4, 4), (5.5, 5), (7, 6), (8.5, 7), (90, 7)],
+    [
+        (0, 0),
+        (-1, 0),
+        (float("nan"), 0),
+        (0.1, 0),
+        (0.2, 1),
+        (1, 2),
+        (2.5, 3),
+        (4, 4),
+        (5.5, 5),
+        (7, 6),
+        (8.5, 7),
+        (90, 7),
+    ],
 )
 def test_bands_begin_at_their_share_of_the_maximum(activation: float, band: int) -> None:
     assert palette.band(activation, 10) == band
