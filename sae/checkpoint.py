@@ -66,7 +66,7 @@ def save_sae(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the SAE's folder, weights in `dtype` (default: as they are). Without `stats` or `manifest` the SAE's own
-    are written; an SAE that has none gets no such file, and one left there by another SAE is removed."""
+    are written; an SAE without gets no such file, and one left there by another SAE is removed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cfg.json").unlink(missing_ok=True)

@@ -4,8 +4,8 @@ With K of F latents on, decoding and all weight gradients cost K/F of the dense 
 What makes it fast on a CPU:
 
 - `topk_indices`: exact top-k by maxima over strided groups, so that `torch.topk` only ever sees short rows;
-- `Encoder`: where the CPU multiplies bfloat16 fast, the product in bfloat16 keeps a few candidates more than k, and only
-  these are scored again in float32, so that the set kept is the one of float32;
+- `Encoder`: where the CPU multiplies bfloat16 fast, the product in bfloat16 keeps a few candidates more than k, and
+  only these are scored again in float32, so that the set kept is the one of float32;
 - `decode_sparse` and `gather_dot`: an embedding bag with weights and its gradient by these weights;
 - `TokensByLatent`: the kept latents sorted by latent, which makes a weight gradient a CSR matrix times a dense one,
   for any range of latents: no gradient as large as a weight matrix need exist.
@@ -17,9 +17,13 @@ of a range.
 """
 
 import threading
+import warnings
 
 import torch
 from torch import Tensor
+
+# Said at the first CSR tensor of a process; the one product used here is tested against a dense one.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 GROUPS = 16
 """Members of a strided group in `topk_indices`; a power of two."""
@@ -92,7 +96,11 @@ class TokensByLatent:
         """Writes rows `first`.. of `A^T dense` into `out_RD`, A holding `sorted_values`; low and high from `edges`."""
         starts = self._starts[first : first + len(out_RD) + 1] - low
         matrix = torch.sparse_csr_tensor(
-            starts, self._token_of[low:high], sorted_values[low:high], (len(out_RD), self.tokens)
+            starts,
+            self._token_of[low:high],
+            sorted_values[low:high],
+            (len(out_RD), self.tokens),
+            check_invariants=False,
         )
         torch.addmm(out_RD, matrix, dense_BD, beta=0, out=out_RD)
 

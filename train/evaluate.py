@@ -34,8 +34,8 @@ def evaluate(
     context: int = 512,
     batch_tokens: int = 4096,
 ) -> dict[str, float]:
-    """Measures on up to `max_tokens` measured positions of the files, whole batches: `fvu` and `l0` there, `dead` (share
-    of latents never active there), `ce_clean` and `ce_spliced` in nats a token, their difference `delta_ce`, `tokens`.
+    """`fvu`, `l0`, `dead` (share of latents never active), `ce_clean` and `ce_spliced` in nats a token, `delta_ce`, and
+    `tokens`, the positions measured. Whole batches are read until these are at least `max_tokens` or the text ends.
 
     Raises `TrainError` when the SAE does not fit the model or the text holds nothing to measure.
     """

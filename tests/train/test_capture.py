@@ -1,0 +1,121 @@
+"""Capture writes the model's own residuals, resumes to the same bytes, and notices damage."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_3.hooks import HookPoint
+from sae.model import SAE, SAEConfig
+from tests.tiny import byte_tokenizer, tiny_model
+from train.capture import CaptureSummary, capture
+from train.errors import TrainError
+from train.evaluate import evaluate
+from train.shards import ShardReader, read_manifest
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "t.txt"
+    file.write_text("\n<|endoftext|>\n".join("the cat sat " * n for n in range(1, 12)))
+    return file
+
+
+def run(
+    text: Path, out: Path, tokens: int = 600, hooks: tuple[str, ...] = (HOOK,), **options: object
+) -> CaptureSummary:
+    sizes = {"context": 40, "batch_tokens": 100, "shard_bytes": 64 * 150} | options
+    return capture(tiny_model(), byte_tokenizer(), [text], out, hooks, tokens, **sizes)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_rows_are_the_residuals_of_the_model_without_first_and_special_tokens(text: Path, tmp_path: Path) -> None:
+    summary = run(text, tmp_path / "a")
+    assert summary.tokens == 600 and summary.shards == len(read_manifest(tmp_path / "a")["shards"]) > 2
+    shard = load_file(tmp_path / "a" / "000000.safetensors")
+    assert (shard["positions"] >= 1).all() and (shard["tokens"] < 256).all()
+    end = int((shard["positions"].diff() <= 0).nonzero()[0]) + 1  # of the first context
+    tokens = [256, *shard["tokens"][:end].tolist()]
+    resid_BTD = tiny_model()(torch.tensor([tokens]), stop_after=HookPoint.parse(HOOK))
+    torch.testing.assert_close(shard["rows"][:end], resid_BTD[0, 1:].bfloat16(), rtol=0.02, atol=0.02)
+
+
+def test_a_killed_capture_resumes_to_the_bytes_of_an_unbroken_one(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole")
+
+    def kill(tokens: int, limit: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(
+            tiny_model(), byte_tokenizer(), [text], tmp_path / "b", [HOOK], 600,
+            context=40, batch_tokens=100, shard_bytes=64 * 150, on_progress=kill,
+        )  # fmt: skip
+    assert 0 < len(read_manifest(tmp_path / "b")["shards"]) < len(read_manifest(tmp_path / "whole")["shards"])
+    run(text, tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+
+
+def test_a_finished_capture_has_nothing_left_to_do(text: Path, tmp_path: Path) -> None:
+    first = run(text, tmp_path / "a")
+    before = contents(tmp_path / "a")
+    assert run(text, tmp_path / "a") == first and contents(tmp_path / "a") == before
+
+
+def test_a_damaged_shard_is_named_by_the_reader_and_made_again(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    before, shard = contents(tmp_path / "a"), tmp_path / "a" / "000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(TrainError, match=r"shard .*000001\.safetensors has \d+ bytes instead"):
+        ShardReader(tmp_path / "a", seed=0)
+    run(text, tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+
+
+def test_several_hooks_give_a_folder_each_with_the_same_rows(text: Path, tmp_path: Path) -> None:
+    later = "blocks.1.hook_resid_mid"
+    summary = run(text, tmp_path / "both", hooks=(later, HOOK))
+    assert summary.tokens == 600
+    run(text, tmp_path / "one", hooks=(later,))
+    for name in ("000000.safetensors", "manifest.json"):
+        assert (tmp_path / "both" / later / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_another_capture_in_the_same_folder_is_refused(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    with pytest.raises(TrainError, match="holds a capture with max_tokens = 600, not 500"):
+        run(text, tmp_path / "a", tokens=500)
+    with pytest.raises(TrainError, match=r"no blocks\.7"):
+        run(text, tmp_path / "b", hooks=("blocks.7.hook_resid_post",))
+
+
+def test_every_epoch_reads_every_row_once_in_another_order(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    for mix_bytes in (1, 1 << 30):
+        reader = ShardReader(tmp_path / "a", seed=3, mix_bytes=mix_bytes)
+        first, second = (torch.cat([reader.batch(e * 600 + i, 75) for i in range(0, 600, 75)]) for e in (0, 1))
+        assert not torch.equal(first, second)
+        assert sorted(first.tolist()) == sorted(second.tolist())
+        assert torch.equal(ShardReader(tmp_path / "a", seed=3, mix_bytes=mix_bytes).batch(550, 100)[:50], first[550:])
+
+
+def test_a_perfect_sae_costs_nothing_and_an_empty_one_explains_nothing(text: Path) -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    perfect = SAE(SAEConfig(d_in=32, d_sae=64, activation="relu", k=0, hook=HOOK))
+    for half, sign in ((slice(0, 32), 1.0), (slice(32, 64), -1.0)):
+        perfect.W_enc_FD[half], perfect.W_dec_FD[half] = sign * torch.eye(32), sign * torch.eye(32)
+    found = evaluate(model, perfect, tokenizer, [text], 300, context=40)
+    assert found["fvu"] < 1e-9 and abs(found["delta_ce"]) < 1e-5 and found["l0"] == 32 and found["dead"] < 1
+    assert found["tokens"] >= 300 and found["ce_clean"] > 0
+    empty = SAE(SAEConfig(d_in=32, d_sae=8, k=2, hook=HOOK))
+    nothing = evaluate(model, empty, tokenizer, [text], 300, context=40)
+    assert nothing["fvu"] >= 1 and nothing["l0"] == 0 and nothing["dead"] == 1
+    assert nothing["ce_clean"] == pytest.approx(found["ce_clean"]) and nothing["delta_ce"] != 0
+    with pytest.raises(TrainError, match="does not fit a model of width 32"):
+        evaluate(model, SAE(SAEConfig(d_in=8, d_sae=8, k=2, hook=HOOK)), tokenizer, [text], 10)

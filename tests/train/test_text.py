@@ -1,0 +1,85 @@
+"""Text files in all their forms become documents, rows of tokens, or one sentence."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from llama_3.chat_format import ChatFormat, Message
+from tests.tiny import byte_tokenizer
+from train.errors import TrainError
+from train.text import interleave, read_documents, read_rows
+
+TWO = "one\nline\n<|endoftext|>\ntwo\n"
+
+
+def test_the_same_documents_from_txt_xz_and_gz(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TWO)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(TWO.encode()))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TWO.encode()))
+    for name in ("a.txt", "a.txt.xz", "a.txt.gz"):
+        assert list(read_documents(tmp_path / name)) == ["one\nline", "two"]
+
+
+def test_a_jsonl_line_is_text_or_a_dialog(tmp_path: Path) -> None:
+    dialog = [{"role": "user", "content": "hi"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n\n" + json.dumps({"messages": dialog}))
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["x", [Message("user", "hi")]]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 of"),
+        ("[1]", "not a JSON object"),
+        ('{"id": 1}', "neither `text`"),
+        ('{"messages": [{}]}', "lacks"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line)
+    with pytest.raises(TrainError, match=words) as caught:
+        list(read_documents(tmp_path / "a.jsonl"))
+    assert "line 2 of" in str(caught.value) and "a.jsonl" in str(caught.value)
+
+
+def test_other_bad_files_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.doc").write_text("x")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(TWO.encode() * 99)[:-30])
+    for name, words in [
+        ("a.doc", "no text file this"),
+        ("a.txt", "not UTF-8"),
+        ("b.txt.xz", "damaged"),
+        ("c.txt", "there is no"),
+    ]:
+        with pytest.raises(TrainError, match=words):
+            list(read_documents(tmp_path / name))
+
+
+def test_sources_give_equal_numbers_of_tokens_until_one_ends() -> None:
+    long, short = [[0] * 10] * 4, [[1] * 2] * 10
+    drawn = list(interleave([iter(long), iter(short)]))
+    assert [tokens[0] for tokens in drawn[:12]].count(1) >= 9
+    assert sorted(map(len, drawn)) == [2] * 10 + [10] * 4
+
+
+def test_a_long_document_becomes_rows_that_each_begin_with_bos(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh\n<|endoftext|>\nxy")
+    tokenizer = byte_tokenizer()
+    rows = list(read_rows([tmp_path / "a.txt"], tokenizer, None, context=4))
+    assert [tokenizer.decode(row.tokens[1:]) for row in rows] == ["abc", "def", "gh", "xy"]
+    assert {row.tokens[0] for row in rows} == {tokenizer.bos_id}
+    assert [(row.document, row.offset) for row in rows] == [(0, 0), (0, 3), (0, 6), (1, 0)]
+
+
+def test_a_dialog_is_written_in_the_chat_format_with_one_bos(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    tokenizer = byte_tokenizer()
+    chat = ChatFormat(tokenizer)
+    (row,) = read_rows([tmp_path / "a.jsonl"], tokenizer, chat, context=200)
+    assert row.tokens == chat.encode_dialog([Message("user", "hi"), Message("assistant", "yo")])[0]
+    assert row.tokens.count(tokenizer.bos_id) == 1
