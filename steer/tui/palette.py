@@ -37,7 +37,7 @@ BLOCKS = "▁▂▃▄▅▆▇"
 
 _COLOURS = (
     Style(),
-    *(Style.parse(f"{'white' if band < 3 else 'black'} on {name}") for band, name in enumerate(BACKGROUNDS)),
+    *(Style.parse(f"{'#ffffff' if band < 3 else '#000000'} on {name}") for band, name in enumerate(BACKGROUNDS)),
 )
 _UNDERLINE, _REVERSE = Style(underline=True), Style(reverse=True)
 _ATTRIBUTES = (

@@ -354,7 +354,7 @@ class SteeringPanel(Widget, can_focus=True):
         """`  -2 ...|..┊..|====O..|.. +2`: add a bar from 0, bias a bar of ~, clamp a point."""
         scale = SCALES[self.unit(edit.latent)]
         left, right = f"-{scale.ends} ".rjust(5), f" +{scale.ends}"
-        cells = max(width - len(left) - len(right) - 1, 3) | 1
+        cells = (max(width - len(left) - len(right) - 1, 3) - 1) | 1  # odd, so that 0 is in the middle
 
         def cell(at: float) -> int:
             return min(max(round((at / scale.reach + 1) / 2 * (cells - 1)), 0), cells - 1)

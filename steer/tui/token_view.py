@@ -383,17 +383,14 @@ class TokenView(ScrollView, can_focus=True):
         row += self._line_height(section) if step > 0 else -1
         while 0 <= row < self._starts[-1]:
             found, number, _ = self._locate(row)
-            line = found.wrapped.lines[number] if found is not None and 0 <= number < found.height else Line()
-            near = [
-                p for p in line.pieces if found is not None and p.token >= 0 and found.wrapped.first[p.token] == number
-            ]
-            if found is not None and near:
-                goal = self._goal
-                best = min(
-                    near, key=lambda piece: 0 if piece.x <= goal < piece.x + piece.width else abs(piece.x - goal)
-                )
-                self._move(found, best.token, keep_goal=True)
-                return
+            if found is not None and 0 <= number < found.height:
+                home, pieces = found.wrapped.first, found.wrapped.lines[number].pieces
+                near = [piece for piece in pieces if piece.token >= 0 and home[piece.token] == number]
+                if near:
+                    goal = self._goal
+                    best = min(near, key=lambda piece: max(piece.x - goal, goal - piece.x - piece.width + 1, 0))
+                    self._move(found, best.token, keep_goal=True)
+                    return
             row += step
         self.scroll_relative(y=step, animate=False)
 
