@@ -67,13 +67,13 @@ def _point_error(what: str) -> ValueError:
 class Span:
     """Which rows and positions a forward pass works on; hooks need nothing else."""
 
-    positions_BT: Tensor  # noqa: N815
+    positions_BT: Tensor
     """int64, absolute position of each token in its row; -1 is padding."""
-    tokens_BT: Tensor  # noqa: N815
+    tokens_BT: Tensor
     """int64, the token ids fed; arbitrary where the position is -1."""
     rows: tuple[int, ...]
     """The logical row of each batch row: finished rows leave the batch, the others keep their numbers."""
-    prompt_lengths_B: Tensor  # noqa: N815
+    prompt_lengths_B: Tensor
     """int64, tokens of the prompt of each batch row."""
 
     @cached_property

@@ -47,14 +47,14 @@ class Sampling:
 class Sampled:
     """One token per row, with what the model itself thought of it."""
 
-    tokens_B: Tensor  # noqa: N815
-    logprobs_B: Tensor  # noqa: N815
+    tokens_B: Tensor
+    logprobs_B: Tensor
     """Natural logarithm of the probability of the chosen token, before temperature and cuts."""
-    entropy_B: Tensor  # noqa: N815
+    entropy_B: Tensor
     """Entropy in nats of the distribution, before temperature and cuts."""
-    alternatives_BA: Tensor  # noqa: N815
+    alternatives_BA: Tensor
     """The likeliest tokens, likeliest first."""
-    probabilities_BA: Tensor  # noqa: N815
+    probabilities_BA: Tensor
     """Their probabilities."""
 
 

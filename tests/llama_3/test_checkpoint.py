@@ -129,7 +129,7 @@ def test_a_broken_folder_gets_one_sentence(breaks: Callable[[Path], object], sen
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no model folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model folder .*nowhere"):
         load_model(tmp_path / "nowhere")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama_3.config import ModelConfig, RopeScaling
-from llama_3.hooks import SITES, HookPoint, Hooks, Span
+from llama_3.hooks import SITES, Hook, HookPoint, Hooks, Span
 from llama_3.model import Rope, Transformer
 from tests.tiny import tiny_config, tiny_model, write_tiny_checkpoint
 
@@ -30,7 +30,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def oracle(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Any]:
     model = write_tiny_checkpoint(folder, 1, config)
-    return model.to(dtype), LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(dtype), theirs.train(False)
+
+
+def recorder(spans: list[Span]) -> Hook:
+    """A hook that changes nothing and keeps the spans it is told."""
+
+    def record(x_BTD: Tensor, span: Span) -> Tensor:
+        spans.append(span)
+        return x_BTD
+
+    return record
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -64,7 +75,7 @@ def test_cached_equals_uncached(changes: dict[str, Any]) -> None:
     tokens_BT = random_tokens(2, 33)
     whole = model(tokens_BT)
     cache = model.new_cache(2, 40)
-    parts = [model(part, cache=cache) for part in tokens_BT.split([7, 1, 1, 13, 1, 10], 1)]
+    parts = [model(part, cache=cache) for part in torch.split(tokens_BT, [7, 1, 1, 13, 1, 10], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     assert cache.lengths == [33, 33]
 
@@ -83,11 +94,10 @@ def test_rows_of_different_lengths_equal_rows_alone(changes: dict[str, Any]) -> 
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         parts = [tokens_BT[row : row + 1, :length], more_BT[row : row + 1, :count], more_BT[row : row + 1, :1]]
         alone = model(torch.cat(parts, 1))[0]
-        close = dict(rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(logits_BTV[row, :length], alone[:length], **close)
-        torch.testing.assert_close(last_BV[row], alone[length - 1], **close)
-        torch.testing.assert_close(more_logits[row, :count], alone[length : length + count], **close)
-        torch.testing.assert_close(step_logits[row, 0], alone[-1], **close)
+        torch.testing.assert_close(logits_BTV[row, :length], alone[:length], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(last_BV[row], alone[length - 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(more_logits[row, :count], alone[length : length + count], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step_logits[row, 0], alone[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_beyond_the_capacity_of_the_cache_is_not_written() -> None:
@@ -233,14 +243,14 @@ def test_hooks_run_in_order_and_can_be_removed() -> None:
     hooks.remove(point, first)
     hooks.remove(point, second)
     assert list(hooks) == [HookPoint(0, "resid_pre")]
-    with pytest.raises(ValueError, match="not attached at blocks.0.hook_resid_post"):
+    with pytest.raises(ValueError, match=r"not attached at blocks\.0\.hook_resid_post"):
         hooks.remove(point, first)
 
 
 def test_the_span_tells_positions_padding_and_what_is_generated() -> None:
     model, spans = tiny_model(), list[Span]()
     hooks = Hooks()
-    hooks.add(HookPoint(0, "resid_pre"), lambda x_BTD, span: spans.append(span) or x_BTD)
+    hooks.add(HookPoint(0, "resid_pre"), recorder(spans))
     cache, tokens_BT = model.new_cache(2, 9), random_tokens(2, 4)
     model(tokens_BT, lengths_B=[4, 2], cache=cache, hooks=hooks)
     model(tokens_BT[:, :1], cache=cache, hooks=hooks)
