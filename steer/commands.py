@@ -228,7 +228,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("mute", None, "LATENT", "mute a latent's edits, or let them act again", _mute),
     Command("remove", None, "LATENT", "take a latent's edits out of the set", _remove),
     Command("clear", None, "", "remove every edit", _clear),
-    Command("bypass", "b", "", "let no edit act, or all again", _bypass, "bypass"),
     Command("special", None, "", "edit the first token and special tokens too, or not", _special),
     Command("error", None, "keep|drop", "keep the SAE's reconstruction error, or drop it", _error),
     Command("steering", "s", "", "go to the steering set", lambda context, _: context.show_pane("steering"), "steer"),
@@ -236,7 +235,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("features", "f", "", "browse the features", lambda context, _: context.show_features(""), "features"),
     Command("find", None, "WORDS", "search the features' labels", lambda context, words: context.show_features(words)),
     Command("paint", None, "LATENT|none|*", "colour the text by a latent, by nothing, by the strongest", _paint),
+    Command("bypass", "b", "", "let no edit act, or all again", _bypass, "bypass"),
     Command("mode", "m", "", "switch between chat and completion", _mode, "mode"),
+    Command("quit", "q", "", "leave", lambda context, _: context.quit(), "quit"),
     Command("complete", None, "", "go on with one text", lambda context, _: context.set_mode("completion")),
     Command("chat", None, "", "talk in turns", lambda context, _: context.set_mode("chat")),
     Command("regenerate", "r", "", "write the last reply again", _regenerate, "again"),
@@ -257,7 +258,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("new", None, "", "start over; the steering set stays", _new),
     Command("theme", None, "[NAME]", "change the colours", lambda context, name: context.set_theme(name)),
     Command("help", "question_mark", "", "show keys and commands", lambda context, _: context.show_help(), "help"),
-    Command("quit", "q", "", "leave", lambda context, _: context.quit(), "quit"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 

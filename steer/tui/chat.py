@@ -175,6 +175,7 @@ class ChatScreen(Actions):
             self.inspector.show(None, 0, labels={}, maxima=self.maximum, painted=None, history=(), tags={})
         reply = self.last_reply
         lead = f"{status.reply_status(reply)} | " if self.session.mode == "completion" and reply else ""
+        lead = "more below | " if self.transcript.more_below else lead
         line = status.strip(event, self.app.size.width, lead=lead, labels=labels, maxima=self.maximum, tags=self.tags)
         self.query_one("#strip", Static).update(line)
 
@@ -251,6 +252,7 @@ class ChatScreen(Actions):
         if int(key) < len(session.turns) and (reply := session.turns[int(key)].reply) is not None:
             transcript.retitle(key, session.mode, reply)
         self.query_one("#headline", Static).update(Text(status.headline(session, self.app.size.width)))
+        self._draw_painting()
 
     def _failed(self, failed: Failed) -> None:
         """A reply that read nothing was refused: the session has forgotten it, and the box gets its text back."""
@@ -264,6 +266,7 @@ class ChatScreen(Actions):
         self.say(said, error=True)
 
     def _close_reply(self) -> None:
+        self._sent = ""
         if self.session.unsaved:
             self.say(f"not saved: {self.session.unsaved}", error=True)
         self.draw()
@@ -399,6 +402,8 @@ class ChatScreen(Actions):
         self.painting = what
         latent = what if isinstance(what, int) else None
         self.transcript.paint(latent, self.maximum, strongest=what == "strongest")
+        if latent is not None and self.has_class("-wide"):
+            self.open_card(latent)
         self.draw()
 
     def set_mode(self, mode: Mode) -> None:

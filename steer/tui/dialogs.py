@@ -22,6 +22,9 @@ from steer.errors import EXPLAINED, sentence
 from steer.events import clean
 from steer.tui import palette
 
+NOISE = frozenset({"ctrl+c", "super+c", "ctrl+pageup", "ctrl+pagedown", "ctrl+q"})
+"""Textual's own keys, which the help leaves out."""
+
 ROOM = "steer needs a little more room: at least 60 columns and 16 rows. It keeps running."
 
 
@@ -128,7 +131,7 @@ def help_text(screen: Screen[object], focused: Widget | None) -> str:
     seen: set[tuple[object, str]] = set()
     for active in screen.active_bindings.values():
         binding = active.binding
-        if not binding.description or binding.system or (active.node, binding.action) in seen or not active.enabled:
+        if not binding.description or binding.system or binding.key in NOISE or (active.node, binding.action) in seen or not active.enabled:
             continue
         seen.add((active.node, binding.action))
         same = [

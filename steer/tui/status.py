@@ -151,8 +151,8 @@ def footer(typing: bool, session: Session | None, width: int) -> Text:
         keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
     else:
         keys = [*([esc] if writing else []), ("i", "type"), ("?", "help")]
-        keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name not in ("help", "quit")]
-        keys += [("q", "quit"), ("Ctrl+P", "commands")]
+        keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name != "help"]
+        keys += [("Ctrl+P", "commands")]
     return keys_line(keys, width)
 
 
