@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rich.cells import cell_len
 from textual import on
 from textual.binding import Binding, BindingType
 from textual.events import Blur, Focus, Resize
@@ -142,9 +143,15 @@ class Inspector(Widget, can_focus=True):
         rows: list[list[Part]] = [[(facts, PLAIN)]]
         if event.alternatives:
             parts: list[Part] = [("instead: ", DIM)]
+            room = width - 9
             for other in event.alternatives:
                 text = palette.visible(palette.drawable(other.text)).strip(" ") or "·"
-                parts.append((f"{text} {palette.share(other.probability)}  ", PLAIN))
+                text += f" {palette.share(other.probability)}"
+                room -= cell_len(text)
+                if room < 0:
+                    break
+                parts.append((f"{text}  ", PLAIN))
+                room -= 2
             rows.append(parts)
         return rows
 

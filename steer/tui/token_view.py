@@ -280,6 +280,8 @@ class TokenView(ScrollView, can_focus=True):
 
     def _header(self, section: Section) -> list[Part]:
         name, gap, rest = palette.drawable(section.title).partition("  ")
+        if self.rescale and section.peak > 0:
+            rest += f"  scaled to own max {palette.number(section.peak)}"
         return [(name, self._component("name")), (gap + rest, self._component("title"))]
 
     def _draw(self, section: Section, line: Line, at: int | None, width: int, base: Style) -> tuple[Strip, ...]:

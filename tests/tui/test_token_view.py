@@ -221,6 +221,7 @@ async def test_paint_changes_styles_and_wraps_nothing_again() -> None:
         assert backgrounds() == [plain[0], colours[1], colours[4]]
         view.action_rescale()
         assert backgrounds() == [plain[0], colours[2], colours[7]]
+        assert app.rows()[0] == "Llama  scaled to own max 5.0"
         view.action_rescale()
         view.paint(None, ten, strongest=True)
         assert backgrounds() == [colours[7], colours[2], colours[4]]
