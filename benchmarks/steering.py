@@ -4,9 +4,9 @@
     python benchmarks/steering.py --choose        # make those choices again, on other seeds than the table's
 
 For each topic of `steering_topics.toml` a latent is found by label search (the first hits for the topic's name) and a
-strength of at most 4x is chosen by trying hits and strengths on the seeds from 1,000. The table then uses the seeds 0 to
-49 and nothing is chosen on them: how often the topic's words come in 100 tokens after "Once upon a time", plus one, with
-the edit and without it, and the perplexity of either text under the unsteered model.
+strength of at most 4x is chosen by trying hits and strengths on the seeds from 1,000. The table then uses the seeds 0
+to 49 and nothing is chosen on them: how often the topic's words come in 100 tokens after "Once upon a time", plus one,
+with the edit and without it, and the perplexity of either text under the unsteered model.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ HERE = Path(__file__).parent
 PROMPT = "Once upon a time"
 TOKENS = 100
 SEEDS = range(50)
-TRIAL_SEEDS = range(1000, 1012)
-HITS = 4
-STRENGTHS = (1.0, 2.0, 3.0, 4.0)
+TRIAL_SEEDS = range(1000, 1010)
+TRIAL_TOKENS = 60
+HITS = 2
+STRENGTHS = (1.5, 3.0)
 READABLE = 4.0
 """A trial whose perplexity is over this many times the baseline's is passed over while another is not."""
 
 
-def write(engine: Engine, edit: str | None, seeds: Sequence[int]) -> tuple[list[str], float]:
+def write(engine: Engine, edit: str | None, seeds: Sequence[int], tokens: int = TOKENS) -> tuple[list[str], float]:
     """The texts of one batch, a row a seed, and their perplexity under the unsteered model."""
     steering = SteeringSet((Edit.parse(edit),) if edit else ())
     rows = [steering] * len(seeds)
     prompts, replies = [[] for _ in seeds], [[] for _ in seeds]
     texts = [""] * len(seeds)
     ask = [Prompt(text=PROMPT)] * len(seeds)
-    stream = engine.stream(ask, rows, seeds=list(seeds), max_tokens=TOKENS, hits=False, alternatives=0)
+    stream = engine.stream(ask, rows, seeds=list(seeds), max_tokens=tokens, hits=False, alternatives=0)
     for event in stream:
         if isinstance(event, PromptRead):
             prompts[event.row] = [token.token for token in event.tokens]
@@ -78,14 +79,14 @@ def mentions(texts: Sequence[str], words: Sequence[str]) -> int:
 
 def choose(engine: Engine, topics: dict[str, list[str]]) -> dict[str, str]:
     """An edit for each topic whose name finds a feature, tried on `TRIAL_SEEDS`."""
-    base, base_perplexity = write(engine, None, TRIAL_SEEDS)
+    base, base_perplexity = write(engine, None, TRIAL_SEEDS, TRIAL_TOKENS)
     chosen = {}
     for topic, words in topics.items():
         trials = []
         for card in engine.search(topic, HITS):
             for strength in STRENGTHS:
                 edit = f"{card.latent} +{strength:g}x"
-                texts, steered_perplexity = write(engine, edit, TRIAL_SEEDS)
+                texts, steered_perplexity = write(engine, edit, TRIAL_SEEDS, TRIAL_TOKENS)
                 gain = (mentions(texts, words) + 1) / (mentions(base, words) + 1)
                 trials.append((steered_perplexity <= READABLE * base_perplexity, gain, -steered_perplexity, edit))
         if trials:

@@ -107,7 +107,7 @@ class Edit:
         if len(words) >= 2 and words[0] == "on":
             if words[1] not in PLACES:
                 raise _mistake(text, f"`{words[1]}` is no place")
-            place = words[1]  # type: ignore[assignment]  # just found in PLACES
+            place = words[1]
             words = words[2:]
         if words:
             raise _mistake(text, f"`{' '.join(words)}` was not understood")
