@@ -375,7 +375,8 @@ class Session:
         """
         steering = self.steering
         if not reply.timeline or reply.timeline[-1][1] != steering:
-            reply.timeline.append((len(reply.events) + 1 if reply.prompt else 0, steering))
+            later = reply.timeline and reply.prompt
+            reply.timeline.append((len(reply.events) + 1 if later else 0, steering))
         return steering
 
     def _prompt(self) -> Prompt:
