@@ -4,6 +4,7 @@ import base64
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -53,7 +54,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, PreTra
         for piece, rank in sorted(fast.get_vocab().items(), key=lambda item: item[1])
     ]
     (folder / "tokenizer.model").write_text("\n".join(lines))
-    return load_tokenizer(folder), PreTrainedTokenizerFast(tokenizer_object=fast)
+    wrap: Any = PreTrainedTokenizerFast
+    return load_tokenizer(folder), wrap(tokenizer_object=fast)
 
 
 def byte_letters() -> dict[int, str]:
