@@ -141,7 +141,8 @@ class ChatScreen(Actions):
         self._draw_token()
 
     def _draw_footer(self) -> None:
-        line = status.footer(self.focused is self.prompt, self.steer_app.session, self.app.size.width)
+        typing, writing = self.focused is self.prompt, self._stop is not None
+        line = status.footer(self.steer_app.session, self.app.size.width, typing=typing, writing=writing)
         self.query_one("#footer", Static).update(line)
 
     def _draw_painting(self) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
+from textual.events import Paste
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
@@ -33,6 +34,16 @@ def plain(text: str, *, id: str | None = None, classes: str | None = None) -> St
     return Static(clean(text), id=id, classes=classes, markup=False)
 
 
+class Line(Input):
+    """A box for one line, which never holds what a terminal would obey."""
+
+    def __init__(self, value: str, *, placeholder: str = "", id: str | None = None) -> None:
+        super().__init__(clean(value), placeholder=placeholder, id=id, compact=True)
+
+    def _on_paste(self, event: Paste) -> None:
+        event.text = clean(event.text)
+
+
 class Ask(ModalScreen[str | None]):
     """Asks for one line. `check` may refuse it with an explained error, whose sentence is then shown."""
 
@@ -45,7 +56,7 @@ class Ask(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as box:
             box.border_title = palette.title(self._title)
-            yield Input(self._value, compact=True)
+            yield Line(self._value)
             yield plain(self._hint, classes="hint")
             yield plain("Enter take it   Esc cancel", classes="keys")
 
@@ -131,7 +142,13 @@ def help_text(screen: Screen[object], focused: Widget | None) -> str:
     seen: set[tuple[object, str]] = set()
     for active in screen.active_bindings.values():
         binding = active.binding
-        if not binding.description or binding.system or binding.key in NOISE or (active.node, binding.action) in seen or not active.enabled:
+        if (
+            not binding.description
+            or binding.system
+            or binding.key in NOISE
+            or (active.node, binding.action) in seen
+            or not active.enabled
+        ):
             continue
         seen.add((active.node, binding.action))
         same = [

@@ -23,7 +23,7 @@ from steer.errors import EXPLAINED, sentence
 from steer.events import clean
 from steer.session import FeatureCard
 from steer.tui import palette, status
-from steer.tui.dialogs import ROOM, plain
+from steer.tui.dialogs import ROOM, Line, plain
 from steer.tui.feature_card import ExampleKind, FeatureCardView
 from steer.tui.feature_list import FeatureList
 
@@ -84,7 +84,7 @@ class FeaturesScreen(Screen[None]):
         yield plain("", id="headline")
         with Horizontal(id="body"):
             with Vertical(id="finder"):
-                yield Input(self.words, placeholder="words in a label", id="search", compact=True)
+                yield Line(self.words, placeholder="words in a label", id="search")
                 yield FeatureList(id="found")
             yield FeatureCardView(id="card")
         yield plain("", id="notice")

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
-from textual.events import Key
+from textual.events import Key, Paste
 from textual.message import Message
 from textual.widgets import TextArea
 
 from steer import commands
+from steer.events import clean
 from steer.tui import palette
 
 
@@ -54,7 +55,7 @@ class Prompt(TextArea):
 
     def fill(self, text: str) -> None:
         """Makes `text` what is being written, with the cursor after it."""
-        self.text = text
+        self.text = clean(text)
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: Key) -> None:
@@ -63,6 +64,9 @@ class Prompt(TextArea):
             event.stop()
             event.prevent_default()
             self.action_send()
+
+    async def _on_paste(self, event: Paste) -> None:
+        event.text = clean(event.text)  # the box draws what it is given, and a terminal would obey it
 
     def action_send(self) -> None:
         text = self.text

@@ -141,9 +141,8 @@ def strip(
     return line
 
 
-def footer(typing: bool, session: Session | None, width: int) -> Text:
+def footer(session: Session | None, width: int, *, typing: bool, writing: bool) -> Text:
     """The keys that work now; as many as fit."""
-    writing = session is not None and session.busy
     esc = ("Esc", "stop" if writing else "keys")
     if typing:
         go_on = session is not None and session.mode == "completion"

@@ -57,6 +57,7 @@ class Driver:
         session.clear()
         session.mode = "chat"
         session.change(SteeringSet())
+        assert isinstance(session.engine, FakeEngine)
         session.engine.prompts.clear()
         self.app.chat.draw_turns()
         self.app.chat.prompt.focus()
