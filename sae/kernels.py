@@ -25,7 +25,7 @@ from torch import Tensor
 # Said at the first CSR tensor of a process; the one product used here is tested against a dense one.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-GROUPS = 16
+GROUPS = 8
 """Members of a strided group in `topk_indices`; a power of two."""
 
 BIAS_COLUMNS = 32

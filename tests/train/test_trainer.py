@@ -13,7 +13,7 @@ from train.errors import TrainError
 from train.metrics import read_metrics
 from train.shards import FORMAT, VERSION, ShardReader, write_json, write_shard
 from train.step import Recipe, SparseStep
-from train.trainer import TrainConfig, TrainSummary, train
+from train.trainer import TrainConfig, TrainSummary, default_rate, train
 
 
 def reference_gradients(step: SparseStep, x_BD: Tensor) -> dict[str, Tensor]:
@@ -183,8 +183,14 @@ def test_a_value_that_cannot_be_is_one_sentence(tmp_path: Path, config: TrainCon
 def test_every_default_is_chosen_for_a_quick_run() -> None:
     config = TrainConfig.quick().resolve(384, quick=True)
     assert config.latents == 3072 and config.k_aux == 192 and config.dead_after == 70_000
-    assert config.lr == pytest.approx(2e-4 / (3072 / 2**14) ** 0.5) and config.screen in ("bfloat16", "float32")
+    assert config.lr == pytest.approx(10 * 2e-4 / (3072 / 2**14) ** 0.5) and config.screen in ("bfloat16", "float32")
     assert (
         config.rate(0) < config.lr == config.rate(config.steps // 2)
         and 0 < config.rate(config.steps - 1) < config.lr / 50
     )
+
+
+def test_the_default_rate_is_the_published_law_in_long_runs_and_higher_in_short_ones() -> None:
+    assert default_rate(2**14, 10**9) == pytest.approx(2e-4)
+    assert default_rate(2**16, 25_000_000) == pytest.approx(2e-4)
+    assert default_rate(2**14, 1000) == pytest.approx(2e-3)
