@@ -31,9 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(list(arguments), prog_name="steer", standalone_mode=False)
         sys.stdout.flush()
+        if code == ExitCode.INTERRUPTED:  # typer has turned the interruption into its code
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else ExitCode.DONE
-    except BrokenPipeError:  # whoever read our output has enough; Python's own flush at the end must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # Whoever read our output has enough. Python's own flush at the end must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         return ExitCode.DONE
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

@@ -44,12 +44,17 @@ def chat(
         from steer.cli.plain import PlainChat
 
         return PlainChat(engines.make_engine(settings), options, steering, session, json=json).run(_lines(json))
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not on_terminal():
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")
     import app
 
     load = functools.partial(engines.load_engine, settings)  # tells what it has to say on the screen
     return app.run(load, settings, options | {"steering": steering, "open": session}, log=log_path())
+
+
+def on_terminal() -> bool:
+    """Whether screens can be drawn and keys be read."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _lines(json: bool) -> Iterator[str]:

@@ -1,0 +1,265 @@
+"""Commands on a fake engine: what is on stdout, what on stderr, and the exit code."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer import __version__
+from steer.cli import main
+from tests.steer.fake import FakeEngine
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+    lines: list[Any] = field(default_factory=list)
+
+
+Steer = Callable[..., Ran]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: fake)
+    return fake
+
+
+@pytest.fixture
+def steer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Steer:
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ran(code, out, err, [json.loads(line) for line in out.splitlines() if line.startswith("{")])
+
+    return run
+
+
+def test_complete_prints_the_text_and_reports_the_seed(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("complete", "  Once ", "--seed", "3")
+    assert (ran.code, ran.out) == (0, " one two three four five\n")
+    assert "seed 3, 5 tokens, stop" in ran.err
+    assert engine.prompts[0].text == "  Once "
+    assert engine.asked["max_tokens"] == 64
+
+
+def test_complete_json_has_the_promised_keys(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("complete", "Once", "--edit", "3 +1", "--edit", "clamp 2 0", "--seed", "3", "--json", "--hits", "1")
+    (entry,) = ran.lines
+    assert list(entry) == ["prompt", "text", "tokens", "finish", "seed", "edits", "report", "hits"]
+    assert entry["tokens"] == [20, 21, 22, 23, 24]
+    assert (entry["finish"], entry["seed"], entry["edits"]) == ("stop", 3, ["3 +1", "clamp 2 0"])
+    assert entry["report"]["steps"] == entry["report"]["applied"] == 6
+    assert entry["hits"][0] == [{"latent": 3, "activation": 3.0, "label": ""}]
+    assert steer("complete", "Once", "--json").lines[0].keys() == set(entry) - {"hits"}
+
+
+def test_complete_runs_several_prompts_as_one_batch(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("complete", "--json", "--max-tokens", "2", stdin="a\n\nb\n")
+    assert [entry["prompt"] for entry in ran.lines] == ["a", "b"]
+    assert [entry["finish"] for entry in ran.lines] == ["length", "length"]
+    assert ran.lines[0]["seed"] != ran.lines[1]["seed"]
+    assert steer("complete", "a", "b", "--seed", "1").out.count("one two") == 2
+    assert engine.asked["seeds"] == [1, 1]
+
+
+def test_complete_passes_sampling_and_the_chat_format_on(steer: Steer, engine: FakeEngine) -> None:
+    steer("complete", "hi", "--chat", "--temperature", "0", "--error", "drop", "--edit", "1 +1")
+    assert engine.prompts[0].messages == (("user", "hi"),)
+    assert engine.asked["sampling"] == type(engine.defaults)(0.0, 0.9)
+    assert engine.used[0].error == "drop"
+
+
+@pytest.mark.parametrize(("prompt", "script"), [("TOO LONG", "one"), ("hi", "one FAIL")])
+def test_complete_tells_a_failure_in_json_and_on_stderr(
+    prompt: str, script: str, steer: Steer, engine: FakeEngine
+) -> None:
+    engine.script = script.split()
+    ran = steer("complete", prompt, "--json")
+    assert ran.code == 1 and ran.lines[0]["error"] in ran.err and ran.lines[0]["finish"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["complete"], 1, "the input is empty"),
+        (["complete", "hi", "--temperature", "nan"], 1, "temperature is nan"),
+        (["complete", "hi", "--seed", "-1"], 1, "the seed is -1"),
+        (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed'"),
+        (["complete", "hi", "--max-tokens", "99999999"], 1, "this model holds 64"),
+        (["complete", "hi", "--max-tokens", "0"], 1, "most tokens of a reply is 0"),
+        (["complete", "hi", "--edit", "99 +1"], 1, "no latent 99"),
+        (["complete", "hi", "--edit", "99 what"], 1, "`what` is no strength"),
+        (["complete", "hi", "--error", "forget"], 2, "--error"),
+        (["complete", "hi", "--frobnicate"], 2, "No such option"),
+        (["frobnicate"], 2, "No such command"),
+        (["features", "show", "99"], 1, "no latent 99"),
+        (["features", "show", "x"], 2, "ID"),
+        (["features", "search", "a", "--limit", "0"], 1, "--limit is 0"),
+        (["inspect", "hi", "--top", "0"], 1, "--top is 0"),
+        (["inspect"], 1, "the input is empty"),
+        (["inspect", "hi", "--html", "no/such/page.html"], 1, "No such file or directory"),
+        (["capture", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
+        (["capture", "--out", "x"], 2, "Missing argument"),
+        (["train", "nowhere", "--out", "x"], 1, "no file `nowhere`"),
+        (["label", "local", "nowhere.db"], 1, "no file `nowhere.db`"),
+        (["label", "collect", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
+        (["chat"], 1, "need a terminal"),
+        (["chat", "--plain"], 1, "no message: the input is empty"),
+        (["chat", "--plain", "--session", "gone"], 1, "no session `gone`"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], code: int, why: str, steer: Steer, engine: FakeEngine) -> None:
+    ran = steer(*arguments)
+    assert ran.code == code, ran.err
+    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and why in errors[0]
+    assert ran.out == ""
+
+
+def test_without_an_sae_an_edit_is_a_mistake(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: FakeEngine(hook=None))
+    assert steer("complete", "hi").code == 0
+    assert "no SAE" in steer("complete", "hi", "--edit", "1 +1").err
+    assert "no SAE" in steer("inspect", "hi").err
+
+
+def test_inspect_json_has_a_line_for_each_token(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("inspect", "a bb", "--json")
+    assert [(entry["index"], entry["text"]) for entry in ran.lines] == [(0, "<bos>"), (1, "a"), (2, "bb")]
+    assert ran.lines[0]["hits"] == []
+    assert ran.lines[1]["hits"][0] == {"latent": 1, "activation": 2.33333, "label": "\x1b[31mred</script>"}
+    assert len(steer("inspect", "a bb", "--json", "--top", "1").lines[1]["hits"]) == 1
+    assert steer("inspect", "-", "--json", stdin="a bb").lines == ran.lines
+
+
+def test_inspect_table_shows_no_control_character(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("inspect", "a bb")
+    assert "\x1b" not in ran.out and "\ufffd[31mred" in ran.out
+
+
+@pytest.mark.parametrize(("aggregate", "value"), [("mean", (2 * 7 / 3) / 3), ("last", 8 / 3), ("max", 7 / 3)])
+def test_inspect_ranks_latents_over_the_text(aggregate: str, value: float, steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("inspect", "a c bb", "--by", "text", "--aggregate", aggregate, "--json")
+    top = {entry["latent"]: entry for entry in ran.lines}
+    latent = 2 if aggregate == "last" else 1
+    assert top[latent]["activation"] == pytest.approx(value, rel=1e-5)
+    assert [entry["activation"] for entry in ran.lines] == sorted((e["activation"] for e in ran.lines), reverse=True)
+
+
+def test_inspect_html_escapes_every_text(steer: Steer, engine: FakeEngine, tmp_path: Path) -> None:
+    ran = steer("inspect", 'a <script>alert(1)</script> "x" &', "--html", "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert ran.code == 0 and ran.out == ""
+    assert text.count("<script>") == 1 and text.count("</script>") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "red&lt;/script&gt;" in text
+    assert "\x1b" not in text and "http:" not in text and "https:" not in text
+    assert [path.name for path in tmp_path.glob("*page*")] == ["page.html"]
+
+
+def test_features_are_found_and_shown(steer: Steer, engine: FakeEngine) -> None:
+    (found,) = steer("features", "search", "bridge", "--json").lines
+    assert (found["latent"], found["label"], found["max_activation"], found["density"]) == (0, "bridges", 12.5, 0.01)
+    (shown,) = steer("features", "show", "0", "--json", "--limit", "1").lines
+    assert [example["kind"] for example in shown["examples"]] == ["top", "random"]
+    assert shown["promotes"] == [{"text": " x", "effect": 0.5}]
+    assert "[ b]" in steer("features", "show", "0").out
+    assert "\x1b" not in steer("features", "search", "red").out
+    nothing = steer("features", "search", "zebra")
+    assert (nothing.code, nothing.out) == (0, "") and "no feature matches" in nothing.err
+
+
+def test_plain_chat_answers_lines_and_runs_commands(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("chat", "--plain", "--seed", "4", stdin="hi\n/steer 3 +1\n/steering\n\nagain\n/save mine\n/quit\nno\n")
+    assert (ran.code, ran.out) == (0, " one two three four five\n" * 2)
+    assert "3 +1" in ran.err and "steered: the set ran in 6 of 6 steps" in ran.err and "saved" in ran.err
+    later = steer("chat", "--plain", "--session", "mine", stdin="more\n/undo\n/mode\n/help\n")
+    assert later.code == 0 and "session mine: 4 turns" in later.err and "took back 2 turns" in later.err
+    assert [role for role, _ in engine.prompts[0].messages] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_plain_chat_goes_on_after_a_mistake_and_tells_it_at_the_end(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("chat", "--plain", stdin="/frobnicate\n/paint 3\nTOO LONG\nhi\n")
+    assert (ran.code, ran.out) == (1, " one two three four five\n")
+    assert ran.err.count("error: ") == 3
+
+
+def test_chat_json_is_one_event_a_line(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("chat", "--json", "--seed", "4", "--system", "be brief", stdin="hi\n")
+    assert [entry["event"] for entry in ran.lines] == ["prompt", *["token"] * 5, "finished"]
+    assert ran.lines[-1]["seed"] == 4 and ran.lines[1]["text"] == " one"
+    assert engine.prompts[0].messages[0] == ("system", "be brief")
+
+
+def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: dict[str, Any] = {}
+
+    def run(make: Any, settings: Any, options: dict[str, Any], *, log: Path) -> int:
+        got.update(options, settings=settings, log=log)
+        return 7
+
+    monkeypatch.setattr("app.run", run)
+    monkeypatch.setattr("steer.cli.chat.on_terminal", lambda: True)
+    ran = steer("chat", "--edit", "3 +1", "--seed", "4", "--max-tokens", "9", "--system", "s")
+    assert ran.code == 7
+    assert (str(got["steering"].edits[0]), got["seed"], got["max_tokens"], got["system"]) == ("3 +1", 4, 9, "s")
+    assert got["open"] is None and got["log"].name == "steer.log"
+    assert steer().code == 7
+
+
+def test_doctor_says_what_is_there_and_fails_when_something_is_not(
+    steer: Steer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checks = {entry["check"]: entry for entry in steer("doctor", "--json").lines}
+    assert all(set(entry) == {"check", "ok", "value", "message"} for entry in checks.values())
+    assert checks["python"]["ok"] and checks["data"]["value"] == str(tmp_path / "home")
+    monkeypatch.setattr("steer.cli.doctor.DEMO_MODEL", tmp_path / "gone")
+    ran = steer("doctor")
+    assert ran.code == 1 and "FAILED" in ran.out
+
+
+def test_an_interruption_has_its_code(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer.cli.engines.load_engine", interrupt)
+    ran = steer("complete", "hi")
+    assert (ran.code, ran.err) == (130, "interrupted\n")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["complete", "hi", "--edit", "x", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    code = "import sys; from steer.cli import main; sys.exit(main(['doctor', '--json']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"STEER_HOME": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_version(steer: Steer) -> None:
+    assert steer("--version").out == f"steer {__version__}\n"
