@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.filter import LineFilter
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -30,6 +31,7 @@ from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 from steer.session import EngineLike, Session
 from steer.store import Store
+from steer.tui.ascii import Ascii
 from steer.tui.chat import ChatScreen
 from steer.tui.features import FeaturesScreen
 
@@ -99,7 +101,6 @@ class SteerApp(App[int]):
         self.loader = threading.Thread(target=self._load, name="load", daemon=True)
 
     def on_mount(self) -> None:
-        self.set_class(self.settings.ascii, "-ascii")
         if self.settings.theme in self.available_themes:
             self.theme = self.settings.theme
         self.push_screen(self.chat)
@@ -124,6 +125,8 @@ class SteerApp(App[int]):
         try:
             self.session = Session(event.engine, **({"pace": self.settings.pace} | options))
             self.session.change(steering)
+            if self.settings.theme:
+                self.chat.set_theme(self.settings.theme)
             notice = self.store().restore(name, self.session) if name else event.engine.info.notice
         except EXPLAINED as error:
             self.fail(error)
@@ -143,6 +146,9 @@ class SteerApp(App[int]):
         if not isinstance(store, Store):
             raise SteerError("there is no folder to keep sessions in")
         return store
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), *([Ascii()] if self.settings.ascii else [])]
 
     async def action_quit(self) -> None:
         self.chat.quit()

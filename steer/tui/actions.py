@@ -160,8 +160,11 @@ class Actions(Screen[None]):
             self.app.theme = name
 
     def quit(self) -> None:
-        if self.steer_app.session is None or not self.session.busy:
+        session = self.steer_app.session
+        if session is None or not (session.busy or session.unsaved):
             self.app.exit(0)
             return
         question = "A reply is still being written. Stop it and leave?"
+        if session.unsaved and not session.busy:
+            question = f"The last reply is not saved: {session.unsaved}. Leave?"
         self.app.push_screen(Confirm(question), lambda yes: self.app.exit(0) if yes else None)

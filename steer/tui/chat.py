@@ -64,9 +64,9 @@ class ChatScreen(Actions):
     class Arrived(Message):
         """The first or the last event of a reply is in the inbox."""
 
-        def __init__(self, *, last: bool) -> None:
+        def __init__(self, stop: threading.Event, *, last: bool) -> None:
             super().__init__()
-            self.last = last
+            self.stop_flag, self.last = stop, last
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,9 +153,10 @@ class ChatScreen(Actions):
             said = "painting each token's strongest feature" if self.painting else "painting nothing"
         reply = self.last_reply
         if self.session.mode == "completion" and reply is not None:
-            said = f"{status.reply_status(reply)}   {said}"
-        more = "more below   " if self.transcript.more_below else ""
-        self.transcript.border_subtitle = palette.title(more + said if self.session.engine.info.hook else more)
+            said = f"{status.reply_status(reply)} · {said}"
+        more = "more below · " if self.transcript.more_below else ""
+        text = more + said if self.session.engine.info.hook else more
+        self.transcript.border_subtitle = palette.title(text) if text else ""
 
     def _draw_token(self) -> None:
         current = self.transcript.current
@@ -182,6 +183,7 @@ class ChatScreen(Actions):
 
     def draw_turns(self) -> None:
         """Draws the transcript anew."""
+        self.inbox.clear()  # the session has it all
         self.transcript.show(self.session)
         self.paint(self.painting)
 
@@ -213,14 +215,16 @@ class ChatScreen(Actions):
             for event in session.reply(stop):
                 self.inbox.append(event)
                 if first:
-                    self.post_message(self.Arrived(last=False))
+                    self.post_message(self.Arrived(stop, last=False))
                 first = False
         except EXPLAINED as error:
             self.inbox.append(Failed(sentence(error), getattr(error, "hint", None)))
         finally:
-            self.post_message(self.Arrived(last=True))
+            self.post_message(self.Arrived(stop, last=True))
 
     def on_chat_screen_arrived(self, event: Arrived) -> None:
+        if event.stop_flag is not self._stop:
+            return  # the next reply has begun already, and with it all of this one was drained
         self.drain()
         if event.last:
             self.timer.pause()
@@ -287,8 +291,8 @@ class ChatScreen(Actions):
 
     def send(self, text: str) -> None:
         """Says `text`, or in completion mode appends it to the text, and has the model go on."""
-        session = self.session
-        place = len(session.turns)
+        self.drain()
+        session, place = self.session, len(self.session.turns)
         if session.mode == "chat":
             session.say(text)
         elif text or session.turns:
@@ -441,7 +445,6 @@ class ChatScreen(Actions):
         self.prompt.focus()
 
     def stop(self) -> bool:
-        if self._stop is None:
-            return False
-        self._stop.set()
-        return True
+        if self._stop is not None:
+            self._stop.set()
+        return self._stop is not None

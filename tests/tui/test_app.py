@@ -448,6 +448,27 @@ async def test_a_model_without_an_sae_talks_and_says_what_is_missing(running: Ru
         assert "without an SAE" in driver.says()
 
 
+async def test_ascii_draws_with_ascii_alone() -> None:
+    app = SteerApp(lambda: FakeEngine("The bridge"), Settings(pace=0, ascii=True), {"seed": 7})
+    async with app.run_test(size=(120, 36)) as pilot:
+        driver = Driver(app, pilot)
+        await driver.settle()
+        await driver.send("hello")
+        await driver.send("/steer 0 +1x")
+        filters = app.get_line_filters()
+        for strip in app.screen._compositor.render_strips():
+            for line_filter in filters:
+                strip = strip.apply_filter(line_filter, app.screen.styles.background)
+            assert strip.text.isascii(), strip.text
+
+
+async def test_a_theme_that_is_not_there_ends_the_start() -> None:
+    app = SteerApp(FakeEngine, Settings(theme="puce"), {})
+    async with app.run_test() as pilot:
+        await Driver(app, pilot).settle()
+    assert app.return_code == 1 and "there is no theme `puce`" in str(app.error)
+
+
 # Sizes
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.command import DiscoveryHit
@@ -44,7 +46,7 @@ SAMPLES = {
 
 async def test_every_command_runs_by_slash(running: Running, tmp_path: Path) -> None:
     """Each does what it says, told by the session or the screen afterwards."""
-    done = {
+    done: dict[str, Callable[[Any], object]] = {
         "steer": lambda d: str(d.app.session.steering.edits[-1]) == "clamp 1 3",
         "add": lambda d: str(d.app.session.steering.edits[-1]) == "1 +1x",
         "clamp": lambda d: str(d.app.session.steering.edits[-1]) == "clamp 1 0 if on",
