@@ -28,7 +28,7 @@ FORMULAS: dict[Kind, str] = {
     "clamp": "(v - a) * d, so the latent contributes exactly v",
     "scale": "(s - 1) * a * d, so the latent contributes s times as much",
     "ablate": "-a * d, so the latent contributes nothing",
-    "bias": "act(pre + v e_i) - act(pre), decoded: v is added before the activation, where latents compete for k places",
+    "bias": "act(pre + v e_i) - act(pre), decoded: v is added before the activation, where latents race for k places",
 }
 """What each kind adds to the residual stream; d is the latent's decoder direction, a its activation."""
 
@@ -38,7 +38,8 @@ _NUMBER = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(x|%)?$")
 
 
 def _mistake(text: str, why: str) -> SteerError:
-    return SteerError(f"`{clean(text)}` is no edit: {why}", f"write {GRAMMAR}, for example `21863 +1.1x` or `clamp 4410 0`")
+    hint = f"write {GRAMMAR}, for example `21863 +1.1x` or `clamp 4410 0`"
+    return SteerError(f"`{clean(text)}` is no edit: {why}", hint)
 
 
 @dataclass(frozen=True, slots=True)

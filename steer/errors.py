@@ -1,8 +1,8 @@
 """How steer says that something went wrong: one sentence naming the thing and the value, then a hint.
 
-Code in `steer/` raises `SteerError` for what a user did. `llama_3`, `sae`, `train` and `labels` know nothing of steer and
-raise `ValueError` or `OSError` with the same one sentence and, where there is a next step, a `hint` attribute. Both are
-turned into text here and nowhere else. Any other exception is a bug and keeps its traceback.
+Code in `steer/` raises `SteerError` for what a user did. `llama_3`, `sae`, `train` and `labels` know nothing of steer
+and raise `ValueError` or `OSError` with the same one sentence and, where there is a next step, a `hint` attribute. Both
+are turned into text here and nowhere else. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
-"""C0 but tab and newline, DEL, C1, and the marks that reorder or hide text: what a terminal obeys instead of showing."""
+"""C0 but tab and newline, DEL, C1, and marks that reorder or hide text: what a terminal obeys instead of showing."""
 
 
 def clean(text: str) -> str:
