@@ -14,7 +14,7 @@ test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest
 
 check: $(VENV)/.test  ## format, lint, types and import contracts
-	@$(BIN)/ruff format --check --exclude "*.md" . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --verbose=false
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
