@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +50,8 @@ def chat(
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")
     import app
 
+    # One core is left to the screen, so that keys are answered while a reply streams.
+    settings = replace(settings, threads=settings.threads or max(1, (os.cpu_count() or 1) - 1))
     load = functools.partial(engines.load_engine, settings)  # tells what it has to say on the screen
     return app.run(load, settings, options | {"steering": steering, "open": session}, log=log_path())
 
