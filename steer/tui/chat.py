@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -37,9 +37,6 @@ from steer.tui.prompt import Prompt, completion
 from steer.tui.steering_panel import SteeringPanel
 from steer.tui.token_view import TokenView
 from steer.tui.transcript import Transcript
-
-if TYPE_CHECKING:
-    pass
 
 HERTZ = 20
 
@@ -309,6 +306,13 @@ class ChatScreen(Actions):
         shown = self.query_one("#completion", Static)
         shown.update(Text(line))
         shown.set_class(bool(line), "-open")
+
+    def on_prompt_next(self) -> None:
+        """While a reply is written Tab goes straight to the set that steers it."""
+        if self._stop is not None and self.session.engine.info.hook is not None:
+            self.show_pane("steering")
+        else:
+            self.focus_next()
 
     def on_prompt_up(self) -> None:
         self.transcript.focus()

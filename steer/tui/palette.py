@@ -168,7 +168,7 @@ def percent(value: float | None) -> str:
 
 def title(text: str) -> Text:
     """`text` as a border's title: Textual would read a string as markup, so it gets text with no markup in it."""
-    return Text(line(text) or " ")
+    return Text(line(text))
 
 
 def wrapped(text: str, width: int) -> list[str]:

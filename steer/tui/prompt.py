@@ -46,6 +46,9 @@ class Prompt(TextArea):
     class Up(Message):
         """Up was pressed above the oldest message."""
 
+    class Next(Message):
+        """Tab was pressed where there is nothing to complete."""
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id, soft_wrap=True, highlight_cursor_line=False, tab_behavior="focus", compact=True)
         self.sent: list[str] = []
@@ -100,10 +103,10 @@ class Prompt(TextArea):
         self.fill(self.sent[self._place] if self._place < len(self.sent) else self._draft)
 
     def action_complete(self) -> None:
-        """Completes a command's name; elsewhere Tab goes to the next pane."""
+        """Completes a command's name; elsewhere Tab leaves the box."""
         found = commands.matches(self.text) if self.text.startswith("/") else []
         if not found or " " in self.text:
-            self.screen.focus_next()
+            self.post_message(self.Next())
             return
         names = [command.name for command in found]
         common = names[0]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.text import Text
 
 from steer.commands import COMMANDS
+from steer.edits import Edit
 from steer.events import PromptRead, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
@@ -70,7 +71,9 @@ def reply_status(reply: Reply) -> str:
     if reply.finished is None:
         return f"writing...  {count}" if reply.events else "writing..."
     report = reply.finished.report
-    acted = sum(edit.positions > 0 for edit in report.edits)
+    # An edit whose strength was moved while the reply was written is in the report once for each strength.
+    made = [Edit.parse(edit.edit) for edit in report.edits if edit.positions > 0]
+    acted = len({(edit.kind, edit.latent) for edit in made})
     parts = [f"steered, {acted} edit{'s' * (acted != 1)}"] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")
@@ -146,7 +149,13 @@ def footer(session: Session | None, width: int, *, typing: bool, writing: bool) 
     esc = ("Esc", "stop" if writing else "keys")
     if typing:
         go_on = session is not None and session.mode == "completion"
-        keys = [esc, ("Tab", "panes"), ("Enter", "go on" if go_on else "send"), ("Ctrl+J", "new line")]
+        live = writing and session is not None and session.engine.info.hook is not None
+        keys = [
+            esc,
+            ("Tab", "steer this reply" if live else "panes"),
+            ("Enter", "go on" if go_on else "send"),
+            ("Ctrl+J", "new line"),
+        ]
         keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
     else:
         keys = [*([esc] if writing else []), ("i", "type"), ("?", "help")]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual import _wait
 from textual.pilot import Pilot
 
 from app import SteerApp
 from steer.config import Settings
 from steer.edits import SteeringSet
+from steer.session import Session
 from steer.store import Store
 from steer.tui import features
 from steer.tui.chat import ChatScreen
@@ -71,6 +73,18 @@ class Driver:
         return self.app.chat.notice
 
 
+def session_of(driver: Driver) -> Session:
+    assert driver.app.session is not None
+    return driver.app.session
+
+
+async def until_held(driver: Driver, engine: FakeEngine) -> None:
+    """Waits until the script stands at its `HOLD`, and what came before it is drawn."""
+    await asyncio.to_thread(engine.held.wait)
+    driver.app.chat.drain()
+    await driver.pilot.pause()
+
+
 Running = Callable[..., AbstractAsyncContextManager[Driver]]
 
 
@@ -78,6 +92,7 @@ Running = Callable[..., AbstractAsyncContextManager[Driver]]
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     """Runs the app with a fake engine: `async with running(engine, size=(80, 24)) as driver`."""
     monkeypatch.setattr(features, "DEBOUNCE", 0.001)
+    monkeypatch.setattr(_wait, "SLEEP_GRANULARITY", 0.004)  # how long each key press of the pilot takes at least
     monkeypatch.setenv("TEXTUAL_ANIMATIONS", "none")
 
     @asynccontextmanager

@@ -43,6 +43,9 @@ SAMPLES = {
     "theme": "nord",
 }
 
+TALKED = {"regenerate", "undo", "copy", "export", "new"}
+"""The commands that need a reply to act on."""
+
 
 async def test_every_command_runs_by_slash(running: Running, tmp_path: Path) -> None:
     """Each does what it says, told by the session or the screen afterwards."""
@@ -90,8 +93,9 @@ async def test_every_command_runs_by_slash(running: Running, tmp_path: Path) -> 
     async with running(FakeEngine("a b")) as driver:
         for command in sorted(COMMANDS, key=lambda command: (command.name == "quit", command.name == "save")):
             await driver.reset()
-            driver.app.chat.send("hello")
-            await driver.app.workers.wait_for_complete()
+            if command.name in TALKED:
+                driver.app.chat.send("hello")
+                await driver.app.workers.wait_for_complete()
             commands.execute(driver.app.chat, "/add 0 +1x")
             await driver.send(f"/{command.name} {samples.get(command.name, '')}".strip())
             assert done[command.name](driver), command.name

@@ -121,7 +121,7 @@ def test_a_border_title_is_never_markup(text: str) -> None:
     widget.border_title = palette.title(text)
     title = widget._border_title
     assert title is not None
-    assert title.plain == (palette.line(text) or " ")
+    assert title.plain == palette.line(text)
     assert not title.spans
 
 
