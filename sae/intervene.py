@@ -201,7 +201,8 @@ class Steerer:
         positions_RT: Tensor,
     ) -> None:
         """Add this call to the tally of every edit, on the device."""
-        for number, edit in enumerate(compiled.edits):
+        for edit in dict.fromkeys(compiled.edits):  # an edit that stands twice in a set acts at each position once more
+            number = compiled.edits.index(edit)
             where_RT = acting_ERT[number]
             read_RT = _read(self.sae, y_RTD, edit.latent)
             sums = (

@@ -96,7 +96,7 @@ class Edit:
         kind: Kind = "add"
         if words and words[0].lower() in KINDS:
             kind = words.pop(0).lower()  # type: ignore[assignment]  # just found in KINDS
-        if not words or not words[0].isascii() or not words[0].isdecimal():
+        if not words or not re.fullmatch("[0-9]{1,18}", words[0]):
             raise _mistake(text, f"`{words[0]}` is no latent" if words else "the latent is missing")
         latent = int(words.pop(0))
         strength = None

@@ -8,6 +8,9 @@ from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.session import Readout
 
+LARGEST = 3.4e38
+"""The largest raw strength: about that of float32, in which edits are computed."""
+
 
 class Resolver:
     """Resolves edits against one SAE, or refuses them all where there is none."""
@@ -56,6 +59,12 @@ class Resolver:
         return Readout(raw, raw / maximum if maximum else None, of_norm)
 
     def _raw(self, edit: Edit) -> float:
+        raw = self._in_units(edit)
+        if not abs(raw) <= LARGEST:
+            raise SteerError(f"the strength of `{edit}` is more than a 32-bit number holds", "write a smaller one")
+        return raw
+
+    def _in_units(self, edit: Edit) -> float:
         if edit.strength is None or self._sae is None:
             return 0.0
         number, stats = edit.strength.number, self._sae.stats
@@ -73,7 +82,12 @@ class Resolver:
             raise SteerError(
                 f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength (`13.6`)"
             )
-        return number / 100 * stats.resid_norm / self._norm(edit.latent)
+        if not (norm := self._norm(edit.latent)):
+            raise SteerError(
+                f"the decoder direction of latent {edit.latent} is zero, so `{edit.strength}` means nothing",
+                "choose another latent: this one adds nothing at any strength",
+            )
+        return number / 100 * stats.resid_norm / norm
 
     def _norm(self, latent: int) -> float:
         assert self._sae is not None

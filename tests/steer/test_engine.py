@@ -220,3 +220,16 @@ def test_bos_is_put_in_front_unless_the_text_begins_with_it(engine: Engine) -> N
     for text in ("ab", "<|begin_of_text|>ab"):
         read = engine.inspect(text)
         assert [event.token for event in read] == [bos, 97, 98]
+
+
+@pytest.mark.parametrize(("edit", "why"), [("5 +30%", "is zero"), ("6 +1e300", "32-bit"), ("bias 6 1e308x", "32-bit")])
+def test_a_strength_that_is_no_number_here_is_refused(edit: str, why: str) -> None:
+    sae = tiny_sae()
+    sae.W_dec_FD[5] = 0
+    with pytest.raises(SteerError, match=why):
+        Engine(tiny_model(), byte_tokenizer(), sae).check(Edit.parse(edit))
+
+
+def test_an_edit_that_stands_twice_is_counted_once_a_position(engine: Engine) -> None:
+    once, twice = (end(run(engine, [ASK], [steering(*["6 +1"] * count)], max_tokens=1)).report for count in (1, 2))
+    assert [edit.positions for edit in twice.edits] == [edit.positions for edit in once.edits] != [0]
