@@ -253,8 +253,8 @@ def _token(data: list[Any]) -> TokenEvent:
         bool(special),
         _number(logprob),
         _number(entropy),
-        tuple(Alternative(str(other), float(probability)) for other, probability in others),
-        tuple(LatentHit(int(latent), float(activation)) for latent, activation in hits),
+        tuple(Alternative(str(other), _number(probability) or 0.0) for other, probability in others),
+        tuple(LatentHit(int(latent), _number(activation) or 0.0) for latent, activation in hits),
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from steer import store as store_module
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
-from steer.events import TokenEvent
+from steer.events import Alternative, LatentHit, TokenEvent
 from steer.session import Sampling, Session
 from steer.store import Store, clean_name, snapshot
 from tests.steer.fake import FakeEngine
@@ -182,3 +182,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         store.save(session)
     assert path.read_bytes() == before and store.names() == ["mine"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_reply_with_numbers_that_json_lacks_opens_again(tmp_path: Path) -> None:
+    session, store = a_session(), Store(tmp_path)
+    reply = session.turns[-1].reply
+    assert reply is not None
+    hits = (LatentHit(1, float("inf")),)
+    reply.events[0] = replace(reply.events[0], hits=hits, alternatives=(Alternative(" x", float("nan")),))
+    store.save(session, "odd")
+    assert store.restore("odd", Session(FakeEngine())) is None
