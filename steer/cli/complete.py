@@ -52,7 +52,9 @@ def complete(
 ) -> int:
     """Go on from a text."""
     steering = steering_set(edit, error)
-    texts = prompts or [line for line in given_text(None, "prompt").splitlines() if line.strip()]
+    texts = prompts or []
+    if texts in ([], ["-"]):
+        texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
     engine = engines.make_engine(settings)
     for one in steering.edits:
         engine.check(one)

@@ -96,8 +96,13 @@ def given_text(text: str | None, what: str) -> str:
 
 
 def put(entry: dict[str, Any]) -> None:
-    """One JSON object on one line of stdout; ASCII, so that nothing in it reaches a terminal."""
-    print(json.dumps(entry), flush=True)
+    """One JSON object on one line of stdout; ASCII, so that nothing in it reaches a terminal; null where a number is
+    none, since JSON has neither NaN nor infinity."""
+    try:
+        line = json.dumps(entry, allow_nan=False)
+    except ValueError:
+        line = json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
+    print(line, flush=True)
 
 
 def narrate(text: str) -> None:

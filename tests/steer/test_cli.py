@@ -14,6 +14,7 @@ import pytest
 
 from steer import __version__
 from steer.cli import main
+from steer.cli.options import put
 from tests.steer.fake import FakeEngine
 
 
@@ -263,3 +264,13 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 
 def test_version(steer: Steer) -> None:
     assert steer("--version").out == f"steer {__version__}\n"
+
+
+def test_json_has_null_where_a_number_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    put({"after": float("inf"), "hits": [float("nan"), 1.5]})
+    assert capsys.readouterr().out == '{"after": null, "hits": [null, 1.5]}\n'
+
+
+def test_a_dash_for_the_prompt_reads_stdin(steer: Steer, engine: FakeEngine) -> None:
+    assert steer("complete", "-", stdin="Once\n").code == 0
+    assert [prompt.text for prompt in engine.prompts] == ["Once"]
