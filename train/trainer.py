@@ -177,9 +177,14 @@ def train(
     a run, activations that changed, values that cannot be, and a loss that is no longer a number.
     """
     out = Path(out)
+    check_folder(out, resume)
+    return Trainer(activations, out, config, quick=quick, threads=threads or torch.get_num_threads()).run(on_progress)
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises `TrainError` if `out` holds a run that is not to be gone on with."""
     if (out / "config.toml").exists() and not resume:
         raise TrainError(f"{out} already holds a run", "go on with it with --resume, or choose another folder")
-    return Trainer(activations, out, config, quick=quick, threads=threads or torch.get_num_threads()).run(on_progress)
 
 
 class Trainer:

@@ -40,17 +40,19 @@ def train(
     json: Json = False,
 ) -> None:
     """Train an SAE."""
-    from train.trainer import read_run
+    from train.trainer import check_folder, read_run
     from train.trainer import train as run
 
     given = {"latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
     given |= {"checkpoint_every": checkpoint_every}
     typed = {name: value for name, value in given.items() if value is not None}
-    going_on = resume and (out / "config.toml").exists()
-    config = _config(read_run(out)[0] if going_on else None, typed, quick)
+    check_folder(out, resume)
+    stored = read_run(out)[0] if (out / "config.toml").exists() else None
+    config = _config(stored, typed, quick)
     if not source.is_dir():
         check_files([source])
-        rows = min(MOST_ROWS, config.tokens or MOST_ROWS) if config else MOST_ROWS
+        asked = config or stored  # a run that goes on asks for the rows it began with
+        rows = min(MOST_ROWS, asked.tokens or MOST_ROWS) if asked else MOST_ROWS
         capture_files(engines.load_engine(settings), settings, [source], out / "activations", None, rows)
         source = out / "activations"
     summary = asdict(run(source, out, config, _tell, resume=resume, quick=quick, threads=settings.threads))

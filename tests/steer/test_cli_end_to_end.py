@@ -86,8 +86,9 @@ def test_training_on_a_text_captures_it_first_and_a_run_is_not_overwritten(
     sizes = ("--latents", "64", "--k", "4", "--tokens", "1024", "--batch", "128", "--model", "model")
     assert steer("train", "text.txt", "--out", "direct", *sizes)[-1]["steps"] == 8
     assert (folder / "direct" / "sae" / "cfg.json").is_file()
-    assert main(["train", "text.txt", "--out", "direct", *sizes]) == 1
+    assert main(["train", "text.txt", "--out", "direct", "--model", "nowhere"]) == 1
     assert "already holds a run" in capsys.readouterr().err
+    assert steer("train", "text.txt", "--out", "direct", "--resume", "--model", "model")[-1]["steps"] == 8
 
 
 @pytest.mark.parametrize(
