@@ -1,7 +1,7 @@
 """Settings: `steer.toml` from the working folder, else from the user's configuration folder, under what was typed.
 
 `STEER_HOME` replaces the user's configuration and data folders both. A flag that was typed beats the file; a typed
-model leaves the file's SAE and labels behind, since those go with the file's model.
+model leaves the file's SAE and labels behind, since those go with the file's model, and a typed SAE its labels.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Settings:
         file = find_file()
         given = _read(file) if file else {}
         typed = {name: value for name, value in typed.items() if value is not None}
-        if "model" in typed:
-            given = {name: value for name, value in given.items() if name not in ("sae", "labels")}
+        left = {"model": ("sae", "labels"), "sae": ("labels",)}
+        for name in (behind for one in typed for behind in left.get(one, ())):
+            given.pop(name, None)
         return cls(**{**given, **typed}, file=file)
 
     def describe(self) -> dict[str, str]:

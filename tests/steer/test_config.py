@@ -35,7 +35,7 @@ def test_a_typed_flag_beats_the_file(folders: Path) -> None:
     assert Settings.load(temperature=0.2).temperature == 0.2
     typed = Settings.load(model="other")
     assert (typed.model, typed.sae, typed.labels) == ("other", None, None)
-    assert Settings.load(sae="t").model == str(folders / "m")
+    assert (Settings.load(sae="t").model, Settings.load(sae="t").labels) == (str(folders / "m"), None)
 
 
 @pytest.mark.parametrize(
