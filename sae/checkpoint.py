@@ -156,7 +156,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         read = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SAEFileError(f"{file} is missing", "the folder of an SAE holds cfg.json and sae.safetensors") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SAEFileError(f"{file} is not readable JSON ({error})", "copy or make it again") from error
     if not isinstance(read, dict):
         raise SAEFileError(f"{file} does not hold a JSON object")

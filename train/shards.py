@@ -59,13 +59,25 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TrainError(f"{folder} holds no activations (no manifest.json)", "make some with steer capture") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError(f"{file} is not readable JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise TrainError(f"{file} is not the manifest of captured activations")
     if manifest.get("version") != VERSION:
         raise TrainError(f"{file} has format version {manifest.get('version')!r}; this program reads version {VERSION}")
+    shards = manifest.get("shards")
+    whole = isinstance(manifest.get("hook"), str) and isinstance(manifest.get("d_in"), int) and manifest["d_in"] > 0
+    if not (whole and isinstance(shards, list) and all(map(_is_entry, shards))):
+        raise TrainError(f"{file} is damaged: it does not say what its shards hold", "capture again in another folder")
     return manifest
+
+
+def _is_entry(shard: Any) -> bool:
+    """Whether `shard` is an entry that `write_shard` could have made; its file lies in the folder itself."""
+    if not isinstance(shard, dict) or not isinstance(shard.get("sha256"), str):
+        return False
+    counts, name = (shard.get("rows"), shard.get("bytes")), shard.get("name")
+    return all(isinstance(n, int) and n > 0 for n in counts) and isinstance(name, str) and name == Path(name).name
 
 
 def check_shards(folder: Path | str, manifest: dict[str, Any], *, hashes: bool) -> None:

@@ -9,6 +9,7 @@ same number of tokens until it ends, so that the first tokens of a long list are
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_documents(file: Path | str) -> Iterator[Document]:
             yield from _read_jsonl(path, lines) if kind == ".jsonl" else _read_txt(lines)
     except UnicodeDecodeError as error:
         raise TrainError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise TrainError(f"{path} is damaged: {error}", "copy or download it again") from error
 
 
@@ -125,7 +126,7 @@ def _read_jsonl(path: Path, lines: Iterable[str]) -> Iterator[Document]:
             continue
         try:
             yield _document(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TrainError(f"line {number} of {path} is not usable: {error}") from error
 
 

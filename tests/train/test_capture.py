@@ -1,6 +1,7 @@
 """Capture writes the model's own residuals, resumes to the same bytes, and notices damage."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.tiny import byte_tokenizer, tiny_model
 from train.capture import CaptureSummary, capture
 from train.errors import TrainError
 from train.evaluate import evaluate
-from train.shards import ShardReader, read_manifest
+from train.shards import ShardReader, read_manifest, write_json
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -119,3 +120,13 @@ def test_a_perfect_sae_costs_nothing_and_an_empty_one_explains_nothing(text: Pat
     assert nothing["ce_clean"] == pytest.approx(found["ce_clean"]) and nothing["delta_ce"] != 0
     with pytest.raises(TrainError, match="does not fit a model of width 32"):
         evaluate(model, SAE(SAEConfig(d_in=8, d_sae=8, k=2, hook=HOOK)), tokenizer, [text], 10)
+
+
+@pytest.mark.parametrize("entry", [None, {"rows": 0}, {"bytes": "x"}, {"sha256": None}, {"name": "../x"}])
+def test_a_manifest_that_does_not_say_what_its_shards_hold_is_refused(entry: Any, text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    manifest = read_manifest(tmp_path / "a")
+    shards = entry and [manifest["shards"][0] | entry]
+    write_json(tmp_path / "a" / "manifest.json", manifest | {"shards": shards})
+    with pytest.raises(TrainError, match="is damaged"):
+        ShardReader(tmp_path / "a", seed=0)

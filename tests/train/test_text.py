@@ -36,6 +36,7 @@ def test_a_jsonl_line_is_text_or_a_dialog(tmp_path: Path) -> None:
         ("[1]", "not a JSON object"),
         ('{"id": 1}', "neither `text`"),
         ('{"messages": [{}]}', "lacks"),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file(tmp_path: Path, line: str, words: str) -> None:
@@ -49,7 +50,11 @@ def test_other_bad_files_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.doc").write_text("x")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(TWO.encode() * 99)[:-30])
+    packed = bytearray(gzip.compress(TWO.encode() * 99))
+    packed[10:20] = b"\xff" * 10  # the kind of the first block, which zlib itself refuses
+    (tmp_path / "d.txt.gz").write_bytes(packed)
     for name, words in [
+        ("d.txt.gz", "damaged"),
         ("a.doc", "no text file this"),
         ("a.txt", "not UTF-8"),
         ("b.txt.xz", "damaged"),
