@@ -97,7 +97,7 @@ def weight_files(folder: Path | str) -> list[Path]:
         if not isinstance(shards, dict) or not shards:
             raise config_error(f"{folder / 'model.safetensors.index.json'} has no weight_map")
         # An index is somebody else's file: it may only name files that lie beside it.
-        files = [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
+        files = [folder / Path(name).name for name in sorted(set(map(str, shards.values())))]
     else:
         files = [folder / "model.safetensors"]
     for path in files:

@@ -82,7 +82,7 @@ def read_config(folder: Path | str) -> ModelConfig:
     _refuse_other_models(raw, path)
     try:
         return _model_config(raw, path, folder)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         if hasattr(error, "hint"):  # already a sentence of ours
             raise
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else f"a value has the wrong type ({error})"
@@ -112,9 +112,10 @@ def _model_config(raw: dict[str, Any], path: Path, folder: Path) -> ModelConfig:
 
 
 def _refuse_other_models(raw: dict[str, Any], path: Path) -> None:
-    kinds = raw.get("architectures") or [raw.get("model_type")]
-    if kinds[0] not in ("LlamaForCausalLM", "llama"):
-        raise config_error(f"{path} describes {kinds[0]}, and only Llama models (LlamaForCausalLM) are supported")
+    kinds = raw.get("architectures")
+    kind = kinds[0] if isinstance(kinds, list) and kinds else raw.get("model_type")
+    if kind not in ("LlamaForCausalLM", "llama"):
+        raise config_error(f"{path} describes {kind}, and only Llama models (LlamaForCausalLM) are supported")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise config_error(f"{path} sets {key}, and Llama models with biases are not supported")
@@ -145,9 +146,14 @@ def read_generation_defaults(folder: Path | str) -> GenerationDefaults:
     temperature, top_p = raw.get("temperature"), raw.get("top_p")
     if raw.get("do_sample") is False:
         temperature = 0.0
-    return GenerationDefaults(
-        plain.temperature if temperature is None else float(temperature), plain.top_p if top_p is None else float(top_p)
-    )
+    try:
+        return GenerationDefaults(
+            plain.temperature if temperature is None else float(temperature),
+            plain.top_p if top_p is None else float(top_p),
+        )
+    except (TypeError, ValueError) as error:
+        path = Path(folder) / "generation_config.json"
+        raise config_error(f"{path} has a temperature or top_p that is no number: {error}") from error
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise config_error(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise config_error(f"{path} holds a {type(raw).__name__} where a JSON object was expected")

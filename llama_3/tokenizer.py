@@ -146,11 +146,15 @@ def _read_ranks(raw: bytes, path: Path) -> dict[bytes, int]:
 def _read_specials(folder: Path, first: int) -> dict[str, int]:
     added: list[dict[str, Any]] = []
     decoder = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
-    if decoder:
-        added = [{"id": token, **entry} for token, entry in decoder.items()]
-    else:
-        added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
-    specials = {str(entry["content"]): int(entry["id"]) for entry in added if int(entry["id"]) >= first}
+    try:
+        if decoder:
+            added = [{"id": token, **entry} for token, entry in decoder.items()]
+        else:
+            added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
+        specials = {str(entry["content"]): int(entry["id"]) for entry in added if int(entry["id"]) >= first}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        name = "tokenizer_config.json" if decoder else "tokenizer.json"
+        raise config_error(f"{folder / name} does not list its added tokens by id and content ({error})") from error
     if specials:
         return specials
     vocab_size = (read_json(folder / "config.json") or {}).get("vocab_size", first + _N_SPECIALS)

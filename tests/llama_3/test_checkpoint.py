@@ -115,6 +115,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing key": (lambda folder: edit_config(folder, hidden_size="absent"), "'?hidden_size'? is missing"),
     "wrong type": (lambda folder: edit_config(folder, hidden_size=[1]), "a value has the wrong type"),
     "not a number": (lambda folder: edit_config(folder, hidden_size="many"), "config.json does not describe a Llama"),
+    "no heads": (lambda folder: edit_config(folder, num_attention_heads=0, head_dim=None), "does not describe a Llama"),
+    "architectures": (lambda folder: edit_config(folder, architectures=3, model_type="x"), "describes x"),
+    "too deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is not valid JSON"),
+    "odd index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["b"]}}'),
+        "there is no .* in",
+    ),
     "uneven heads": (lambda folder: edit_config(folder, num_key_value_heads=3), "4 attention heads cannot share 3"),
 }
 
@@ -172,3 +179,10 @@ def test_the_fingerprint_changes_with_a_single_bit(tmp_path: Path) -> None:
     data[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)
     assert fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize("value", ["[1]", '"warm"'])
+def test_generation_defaults_that_are_no_numbers_are_named(value: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"temperature": {value}}}')
+    with pytest.raises(ValueError, match="has a temperature or top_p that is no number"):
+        read_generation_defaults(tmp_path)

@@ -215,3 +215,18 @@ def test_the_oldest_turns_are_dropped_first() -> None:
     assert chat.fit_dialog(dialog, shortest)[2] == 8
     with pytest.raises(ValueError, match=r"the last message is \d+ tokens long and \d+ of the \d+ are left"):
         chat.fit_dialog(dialog, shortest - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
+        ("tokenizer.json", '{"added_tokens": [{}]}'),
+    ],
+)
+def test_added_tokens_that_cannot_be_read_are_named(name: str, content: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} does not list its added tokens"):
+        load_tokenizer(tmp_path)
