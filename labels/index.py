@@ -113,7 +113,7 @@ class LabelIndex:
     # Reading
 
     def meta(self) -> dict[str, str]:
-        """What the index says about itself: `model` and `sae` (hashes), `hook`, `d_sae` and what else was written."""
+        """What the index says about itself: hashes (`sae/sae.safetensors`, `model/...`), `hook`, `d_sae` and what else was written."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
     def search(self, query: str, limit: int = 50) -> list[Feature]:
@@ -320,6 +320,8 @@ class LabelIndex:
             yield
         except sqlite3.ProgrammingError:
             raise
+        except OverflowError as error:
+            raise LabelError("a number is too large for the label index", "it holds up to 2^63 - 1") from error
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot use the label index `{self.path}`: {error}") from error
         except sqlite3.DatabaseError as error:

@@ -67,6 +67,7 @@ def collect(
     `stats.safetensors` in `stats_folder` if that is given. `meta` is written into the index (hashes of model and SAE).
     ValueError or OSError in one sentence for what cannot be read.
     """
+    _labels_of_same_sae(Path(out_index), _identity(sae) | dict(meta or {}))  # refuses before the text is read
     context = min(context, model.config.max_context)
     contexts = (row.tokens for row in read_rows(files, tokenizer, ChatFormat(tokenizer), context))
     found = collect_contexts(model, sae, tokenizer, contexts, max_tokens=max_tokens, seed=seed, progress=progress)
@@ -131,7 +132,7 @@ def write_index(
 ) -> dict[str, int]:
     """Makes the index at `out_index`, with the labels of the one it replaces; the counts `collect` gives."""
     out, store, stats = Path(out_index), found.store, sae.stats or found.stats
-    meta = {"hook": sae.config.hook, "d_sae": str(sae.config.d_sae), "tokens": str(store.tokens), **(meta or {})}
+    meta = _identity(sae) | {"tokens": str(store.tokens), **(meta or {})}
     latents = range(sae.config.d_sae)
     examples = {latent: each for latent in latents if (each := store.examples(latent))}
     effects = list(logit_effects(model, sae, tokenizer))
@@ -224,12 +225,16 @@ def _batches(contexts: Iterator[list[int]], batch_tokens: int) -> Iterator[list[
             ahead = ahead[rows:]
 
 
+def _identity(sae: SAE) -> dict[str, str]:
+    return {"hook": sae.config.hook, "d_sae": str(sae.config.d_sae)}
+
+
 def _labels_of_same_sae(path: Path, meta: Mapping[str, str]) -> list[Any]:
     if not path.exists():
         return []
     with LabelIndex(path, read_only=True) as old:
         was = old.meta()
-        for key in ("d_sae", "sae", "hook"):
+        for key in ("d_sae", "hook", "sae/sae.safetensors"):
             if key in was and key in meta and was[key] != meta[key]:
                 why = f"`{path}` is an index of another SAE ({key} is {was[key]}, not {meta[key]})"
                 raise TrainError(why, "choose another name for the new index")

@@ -370,3 +370,10 @@ def test_damaged_records_are_one_sentence(path):
             index.examples(0)
         with pytest.raises(ValueError, match="damaged"):
             index.effects(0)
+
+
+def test_a_number_that_sqlite_does_not_hold_is_one_sentence(tmp_path):
+    with LabelIndex.create(tmp_path / "i.db") as index:
+        for call in (lambda: index.feature(10**30), lambda: index.search("sea", 10**30)):
+            with pytest.raises(ValueError, match="too large for the label index"):
+                call()

@@ -143,16 +143,29 @@ def test_an_interrupted_run_leaves_the_index_that_was_there(model, sae, text, tm
 def test_collecting_again_keeps_labels_and_refuses_another_sae(model, sae, text, tmp_path):
     out, tokenizer = tmp_path / "index.db", byte_tokenizer()
     found = collect_contexts(model, sae, tokenizer, [tokenizer.encode("the cat", bos=True)])
-    write_index(model, sae, tokenizer, found, out, meta={"sae": "one"})
+    write_index(model, sae, tokenizer, found, out, meta={"sae/sae.safetensors": "one"})
     with LabelIndex(out) as index:
         index.add_label(5, "first", "you")
         index.add_label(5, "cats", "you")
-    write_index(model, sae, tokenizer, found, out, meta={"sae": "one"})
+    write_index(model, sae, tokenizer, found, out, meta={"sae/sae.safetensors": "one"})
     with LabelIndex(out) as index:
         assert [label.text for label in index.history(5)] == ["cats", "first"]
         assert [feature.latent for feature in index.search("cat")] == [5]
     with pytest.raises(ValueError, match="index of another SAE"):
-        write_index(model, sae, tokenizer, found, out, meta={"sae": "two"})
+        write_index(model, sae, tokenizer, found, out, meta={"sae/sae.safetensors": "two"})
+
+
+def test_an_index_of_another_sae_is_refused_before_the_text_is_read(model, sae, tmp_path):
+    LabelIndex.create(tmp_path / "index.db", {"sae/sae.safetensors": "one"}).close()
+    with pytest.raises(ValueError, match="another SAE"):
+        collect(
+            model,
+            sae,
+            byte_tokenizer(),
+            [tmp_path / "none.txt"],
+            tmp_path / "index.db",
+            meta={"sae/sae.safetensors": "two"},
+        )
 
 
 def test_what_does_not_fit_is_refused(model, sae, tmp_path):
