@@ -17,7 +17,7 @@ import typer
 
 from steer.cli import capture, chat, complete, doctor, features, inspect, label, train
 from steer.cli.options import app
-from steer.errors import EXPLAINED, ExitCode, render
+from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
 
@@ -53,4 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         print(render(error), file=sys.stderr)
+        return ExitCode.MISTAKE
+    except (MemoryError, RuntimeError) as error:
+        # Torch says that memory ran out by a RuntimeError, in words that differ from device to device.
+        if "--debug" in arguments or not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        why = str(error).partition("\n")[0] or "no more could be had"
+        hint = "a smaller model, SAE or batch, fewer tokens, or `--dtype bfloat16` needs less"
+        print(render(SteerError(f"the memory does not suffice: {why}", hint)), file=sys.stderr)
         return ExitCode.MISTAKE

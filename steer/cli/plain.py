@@ -17,7 +17,7 @@ from steer.cli.engines import interruptible
 from steer.cli.options import narrate, put
 from steer.commands import COMMANDS, Paint, execute
 from steer.edits import SteeringSet
-from steer.errors import ExitCode, SteerError, render
+from steer.errors import EXPLAINED, ExitCode, SteerError, render
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent, clean
 from steer.session import EngineLike, Mode, Session
 from steer.store import Store, snapshot
@@ -55,7 +55,7 @@ class PlainChat:
                 else:
                     self.session.complete(self.session.document + line)
                     self.write_reply()
-            except SteerError as error:
+            except EXPLAINED as error:
                 self.failed = True
                 narrate(render(error))
             if self.left:
@@ -130,7 +130,7 @@ class PlainChat:
 
     def open(self, name: str) -> None:
         if not name:
-            narrate("\n".join(self.store.names()) or "no session has been saved yet")
+            narrate("\n".join(map(clean, self.store.names())) or "no session has been saved yet")
             return
         if notice := self.store.restore(name, self.session):
             narrate(notice)

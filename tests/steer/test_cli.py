@@ -274,3 +274,17 @@ def test_json_has_null_where_a_number_is_none(capsys: pytest.CaptureFixture[str]
 def test_a_dash_for_the_prompt_reads_stdin(steer: Steer, engine: FakeEngine) -> None:
     assert steer("complete", "-", stdin="Once\n").code == 0
     assert [prompt.text for prompt in engine.prompts] == ["Once"]
+
+
+def test_plain_chat_goes_on_after_a_file_that_cannot_be_written(steer: Steer, engine: FakeEngine) -> None:
+    ran = steer("chat", "--plain", stdin="/export none/x.json\nhi\n")
+    assert ran.code == 1 and ran.err.count("error: ") == 1 and "one two" in ran.out
+
+
+def test_too_little_memory_is_one_sentence(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(settings: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+
+    monkeypatch.setattr("steer.cli.engines.load_engine", load)
+    ran = steer("complete", "hi")
+    assert ran.code == 1 and ran.err.startswith("error: the memory does not suffice: CUDA out") and "hint: " in ran.err
