@@ -4,7 +4,7 @@
     python benchmarks/steering.py --choose        # make those choices again, on other seeds than the table's
 
 For each topic of `steering_topics.toml` a latent is found by label search (the first hits for the topic's name) and a
-strength of at most 4x is chosen by trying hits and strengths on the seeds from 1,000. The table then uses the seeds 0
+strength is chosen by trying hits and strengths, mildest first, on the seeds from 1,000. The table then uses the seeds 0
 to 49 and nothing is chosen on them: how often the topic's words come in 100 tokens after "Once upon a time", plus one,
 with the edit and without it, and the perplexity of either text under the unsteered model.
 """
@@ -34,9 +34,9 @@ SEEDS = range(50)
 TRIAL_SEEDS = range(1000, 1010)
 TRIAL_TOKENS = 60
 HITS = 2
-STRENGTHS = (1.5, 3.0)
-READABLE = 4.0
-"""A trial whose perplexity is over this many times the baseline's is passed over while another is not."""
+STRENGTHS = (0.4, 0.7, 1.0, 1.5)
+TARGET = 8.0
+"""Of the trials that make the words so many times as frequent, the one with the lowest perplexity is taken."""
 
 
 def write(engine: Engine, edit: str | None, seeds: Sequence[int], tokens: int = TOKENS) -> tuple[list[str], float]:
@@ -79,7 +79,7 @@ def mentions(texts: Sequence[str], words: Sequence[str]) -> int:
 
 def choose(engine: Engine, topics: dict[str, list[str]]) -> dict[str, str]:
     """An edit for each topic whose name finds a feature, tried on `TRIAL_SEEDS`."""
-    base, base_perplexity = write(engine, None, TRIAL_SEEDS, TRIAL_TOKENS)
+    base, _ = write(engine, None, TRIAL_SEEDS, TRIAL_TOKENS)
     chosen = {}
     for topic, words in topics.items():
         trials = []
@@ -88,11 +88,13 @@ def choose(engine: Engine, topics: dict[str, list[str]]) -> dict[str, str]:
                 edit = f"{card.latent} +{strength:g}x"
                 texts, steered_perplexity = write(engine, edit, TRIAL_SEEDS, TRIAL_TOKENS)
                 gain = (mentions(texts, words) + 1) / (mentions(base, words) + 1)
-                trials.append((steered_perplexity <= READABLE * base_perplexity, gain, -steered_perplexity, edit))
+                reached = gain >= TARGET
+                trials.append((reached, -steered_perplexity if reached else gain, gain, steered_perplexity, edit))
+                if reached:
+                    break  # a stronger one would only cost more
         if trials:
-            readable, gain, minus_perplexity, chosen[topic] = max(trials)
-            said = f"{topic}: {chosen[topic]}  x{gain:.1f}  perplexity {-minus_perplexity:.1f}"
-            print(said, "" if readable else "(hard to read)", file=sys.stderr)
+            _, _, gain, steered_perplexity, chosen[topic] = max(trials)
+            print(f"{topic}: {chosen[topic]}  x{gain:.1f}  perplexity {steered_perplexity:.1f}", file=sys.stderr)
     return chosen
 
 
