@@ -61,10 +61,15 @@ class Store:
         self.folder = folder
 
     def save(self, session: Session, name: str | None = None) -> Path:
-        """Writes the session under `name`, the name it has, or one made of the time; the file."""
+        """Writes the session under `name`, the name it has, or one made of the time; the file.
+
+        `SteerError` when another session has the name.
+        """
         name = clean_name(name or session.name or f"{time.strftime('%Y-%m-%d %H.%M.%S')} {uuid.uuid4().hex[:4]}")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.json"
+        if name != session.name and path.exists():
+            raise SteerError(f"there is a session `{name}` already", "choose another name, or open that one")
         partial = self.folder / f".{uuid.uuid4().hex}.partial"
         text = json.dumps(snapshot(session), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         try:

@@ -192,3 +192,12 @@ def test_a_reply_with_numbers_that_json_lacks_opens_again(tmp_path: Path) -> Non
     reply.events[0] = replace(reply.events[0], hits=hits, alternatives=(Alternative(" x", float("nan")),))
     store.save(session, "odd")
     assert store.restore("odd", Session(FakeEngine())) is None
+
+
+def test_a_session_does_not_take_the_name_of_another(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.save(a_session(), "mine")
+    before = path.read_bytes()
+    with pytest.raises(SteerError, match="there is a session `mine` already"):
+        store.save(a_session(), "mine")
+    assert path.read_bytes() == before
