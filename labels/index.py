@@ -113,7 +113,7 @@ class LabelIndex:
     # Reading
 
     def meta(self) -> dict[str, str]:
-        """What the index says about itself: hashes (`sae/sae.safetensors`, `model/...`), `hook`, `d_sae` and what else was written."""
+        """What the index says about itself: hashes by file (`sae/...`), `hook`, `d_sae` and what else was written."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
     def search(self, query: str, limit: int = 50) -> list[Feature]:
