@@ -115,8 +115,7 @@ class ChatScreen(Actions):
     def tags(self) -> dict[int, str]:
         """The letters of the steered latents, as the panel shows them."""
         edits = self.steer_app.session.steering.edits if self.steer_app.session else ()
-        pairs = zip(edits, palette.TAGS, strict=False)
-        return {edit.latent: tag for edit, tag in reversed(list(pairs))}
+        return {edit.latent: tag for edit, tag in reversed(list(zip(edits, palette.TAGS, strict=False)))}
 
     def draw(self) -> None:
         """Draws everything but the transcript's text from the session."""
@@ -207,13 +206,11 @@ class ChatScreen(Actions):
 
     def _generate(self, session: Session, stop: threading.Event) -> None:
         """Runs in a worker thread."""
-        first = True
         try:
-            for event in session.reply(stop):
+            for place, event in enumerate(session.reply(stop)):
                 self.inbox.append(event)
-                if first:
+                if place == 0:
                     self.post_message(self.Arrived(stop, last=False))
-                first = False
         except EXPLAINED as error:
             self.inbox.append(Failed(sentence(error), getattr(error, "hint", None)))
         finally:
@@ -309,10 +306,8 @@ class ChatScreen(Actions):
 
     def on_prompt_next(self) -> None:
         """While a reply is written Tab goes straight to the set that steers it."""
-        if self._stop is not None and self.session.engine.info.hook is not None:
-            self.show_pane("steering")
-        else:
-            self.focus_next()
+        live = self._stop is not None and self.session.engine.info.hook is not None
+        self.show_pane("steering") if live else self.focus_next()
 
     def on_prompt_up(self) -> None:
         self.transcript.focus()

@@ -7,15 +7,18 @@ stands there only when the report says at how many positions they acted.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.text import Text
 
 from steer.commands import COMMANDS
-from steer.edits import Edit
 from steer.events import PromptRead, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
+
+_EDITED = re.compile("[a-z ]*[0-9]*")
+"""The kind and the latent at the beginning of an edit, whatever its strength."""
 
 
 def spread(left: str, right: str, width: int) -> str:
@@ -72,8 +75,8 @@ def reply_status(reply: Reply) -> str:
         return f"writing...  {count}" if reply.events else "writing..."
     report = reply.finished.report
     # An edit whose strength was moved while the reply was written is in the report once for each strength.
-    made = [Edit.parse(edit.edit) for edit in report.edits if edit.positions > 0]
-    acted = len({(edit.kind, edit.latent) for edit in made})
+    names = {_EDITED.match(edit.text) for edit in report.edits if edit.positions > 0}
+    acted = len({name[0] for name in names if name})
     parts = [f"steered, {acted} edit{'s' * (acted != 1)}"] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")

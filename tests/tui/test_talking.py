@@ -62,6 +62,7 @@ async def test_keys_change_the_strength_while_the_reply_streams(running: Running
         await driver.pilot.press("right", "right")
         engine.go.set()
         await driver.settle()
+        assert "steered, 1 edit " in driver.text
         assert [str(steering.edits[0]) for steering in engine.sets] == ["0 +1x", "0 +1.1x"]
         reply = session_of(driver).turns[1].reply
         assert reply is not None and [place for place, _ in reply.timeline] == [0, 2]

@@ -131,7 +131,7 @@ async def test_a_click_on_a_cell_finds_its_token() -> None:
         tokens = events(["Ab", " cde", " fgh", " Ij", "klm", " Nopq", " 中文", " rs", "\n", "tuvw", " 👩‍👩", " xyz"])
         app.view.extend("a", tokens)
         await pilot.pause()
-        found = set()
+        found: set[str] = set()
         for y in range(1, 5):
             cells = [char for char in app.view.render_line(y).text for _ in range(cell_len(char))]
             for x in range(0, 22, 4):
@@ -299,7 +299,7 @@ async def test_keys_move_by_token_line_message_and_firing() -> None:
                 key,
                 [
                     event(0, "<s>", special=True),
-                    *(event(i, f" word{i}", **({"n7": 2.0} if i in (2, 9) else {})) for i in range(1, 12)),
+                    *(event(i, f" word{i}", n7=2.0) if i in (2, 9) else event(i, f" word{i}") for i in range(1, 12)),
                 ],
             )
         view.paint(7, ten)
