@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -89,9 +89,10 @@ class Engine:
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
         if sae and self._hook:
             _check_pair(model, sae, self._hook)
-        if sae and index and (width := index.meta().get("d_sae")) and int(width) != sae.config.d_sae:
-            raise SteerError(f"these labels are for an SAE of {width} latents, this one has {sae.config.d_sae}")
+        if sae and index:
+            _check_labels(sae, index.meta())
         self._name, self._resolver = name, Resolver(sae)
+        self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
     @classmethod
     def load(
@@ -196,7 +197,7 @@ class Engine:
                 sampling=sampling,
                 seeds=seeds,
                 max_tokens=max_tokens,
-                stop_ids=self.tokenizer.stop_ids,
+                stop_ids=self._stop_ids,
                 hooks=hooks,
                 stop=stop,
                 alternatives=alternatives,
@@ -438,3 +439,13 @@ def _check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
         )
     if hook.layer >= model.config.n_layers:
         raise SteerError(f"this SAE stands at {hook}, the model has {model.config.n_layers} blocks, from 0")
+
+
+def _check_labels(sae: SAE, meta: Mapping[str, str]) -> None:
+    """Refuse labels that speak of another SAE."""
+    for name, own in (("d_sae", str(sae.config.d_sae)), ("hook", sae.config.hook)):
+        if meta.get(name, own) != own:
+            raise SteerError(
+                f"these labels are of an SAE with {name} {meta[name]}, this one has {own}",
+                "pass its own `--labels FILE`",
+            )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from labels.index import LabelIndex
 from llama_3.hooks import HookPoint, Hooks
 from sae.checkpoint import Stats, save_sae
 from sae.intervene import CompiledEdit, CompiledSet, Steerer
@@ -233,3 +234,17 @@ def test_a_strength_that_is_no_number_here_is_refused(edit: str, why: str) -> No
 def test_an_edit_that_stands_twice_is_counted_once_a_position(engine: Engine) -> None:
     once, twice = (end(run(engine, [ASK], [steering(*["6 +1"] * count)], max_tokens=1)).report for count in (1, 2))
     assert [edit.positions for edit in twice.edits] == [edit.positions for edit in once.edits] != [0]
+
+
+def test_a_model_folders_own_stop_ids_end_a_reply() -> None:
+    model = tiny_model()
+    plain = Engine(model, byte_tokenizer())
+    first = tokens(run(plain, [ASK], [SteeringSet()]))[0]
+    model.config = replace(model.config, stop_ids=(first,))
+    assert end(run(Engine(model, byte_tokenizer()), [ASK], [SteeringSet()])).finish == "stop"
+
+
+def test_labels_of_another_sae_are_refused(tmp_path: Path) -> None:
+    for name, value in (("d_sae", "128"), ("hook", "blocks.1.hook_resid_post")):
+        with LabelIndex.create(tmp_path / f"{name}.db", {name: value}) as index, pytest.raises(SteerError, match=value):
+            Engine(tiny_model(), byte_tokenizer(), tiny_sae(), index)
