@@ -1,12 +1,15 @@
 """Draws `docs/chat.svg`: a real chat on the demo model, steered, at 120x36.
 
-    python docs/picture.py
+python docs/picture.py
 """
 
 import asyncio
+import os
 from pathlib import Path
 
-from app import SteerApp
+os.environ |= {"COLORTERM": "truecolor", "TERM": "xterm-256color"}  # whatever terminal draws it
+
+from app import SteerApp  # noqa: E402
 from steer.config import Settings
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
@@ -14,8 +17,8 @@ from steer.session import Sampling
 
 
 async def draw() -> None:
-    edits = (Edit.parse("221 +0.6x"), Edit.parse("ablate 828"))
-    options = {"seed": 5, "sampling": Sampling(), "max_tokens": 110, "pace": 0.0, "steering": SteeringSet(edits)}
+    edits = (Edit.parse("221 +0.7x"), Edit.parse("ablate 828"))
+    options = {"seed": 3, "sampling": Sampling(), "max_tokens": 110, "pace": 0.0, "steering": SteeringSet(edits)}
     app = SteerApp(Engine.load, Settings(theme="textual-dark"), options)
     async with app.run_test(size=(120, 36)) as pilot:
         while app.session is None:
@@ -24,7 +27,7 @@ async def draw() -> None:
         await pilot.press("enter")
         await app.workers.wait_for_complete()
         await pilot.pause(0.5)
-        app.chat.prompt.fill("/paint 221")
+        app.chat.prompt.fill("/paint *")
         await pilot.press("enter")
         await pilot.press("escape")
         await pilot.pause(0.5)

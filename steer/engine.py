@@ -89,8 +89,7 @@ class Engine:
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
         if sae and self._hook:
             _check_pair(model, sae, self._hook)
-        if sae and index:
-            _check_labels(sae, index.meta())
+            _check_labels(sae, index.meta() if index else {})
         self._name, self._resolver = name, Resolver(sae)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
