@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ |= {"COLORTERM": "truecolor", "TERM": "xterm-256color"}  # whatever terminal draws it
 
-from app import SteerApp  # noqa: E402
+from app import SteerApp
 from steer.config import Settings
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
