@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ from steer.device import choose_device, choose_dtype
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Alternative, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
-from steer.resolve import Resolver
+from steer.resolve import Resolver, check_labels, check_pair
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
@@ -88,8 +88,8 @@ class Engine:
         self._lock = threading.Lock()
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
         if sae and self._hook:
-            _check_pair(model, sae, self._hook)
-            _check_labels(sae, index.meta() if index else {})
+            check_pair(model, sae, self._hook)
+            check_labels(sae, index.meta() if index else {})
         self._name, self._resolver = name, Resolver(sae)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
@@ -206,8 +206,12 @@ class Engine:
             while True:
                 sets = self._sets(steering, len(rows))
                 if steerer is not None:
-                    steerer.sets = {number: self.compile(one) for number, one in enumerate(sets)}
+                    # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
+                    steerer.sets = {
+                        number: self.compile(one) for number, one in enumerate(sets) if rows[number].finish != "length"
+                    }
                 live = [number for number, row in enumerate(rows) if not row.done]
+                writing = [number for number in live if rows[number].finish != "length"]
                 for number in live:
                     if not rows[number].sets or rows[number].sets[-1] is not sets[number]:
                         rows[number].sets.append(sets[number])
@@ -215,8 +219,7 @@ class Engine:
                 if steps is None:
                     break
                 record = self._hits_by_row(steerer) if reading and steerer else {}
-                ran = list(record) if reading else live
-                for number in ran:
+                for number in writing:
                     rows[number].steps += 1
                 if first:
                     first = False
@@ -427,24 +430,3 @@ def _to_hits(latents: Latents, row: int, readable: Sequence[bool]) -> list[tuple
         tuple(LatentHit(i, v) for i, v in zip(indices, values, strict=True) if v > 0) if reads else ()
         for indices, values, reads in zip(indices_TK.tolist(), values_TK.tolist(), readable, strict=True)
     ]
-
-
-def _check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
-    """Refuse an SAE that cannot belong to this model."""
-    if sae.config.d_in != model.config.d_model:
-        raise SteerError(
-            f"this SAE reads vectors of {sae.config.d_in}, the model's residual stream has {model.config.d_model}",
-            "pass the SAE that was trained on this model",
-        )
-    if hook.layer >= model.config.n_layers:
-        raise SteerError(f"this SAE stands at {hook}, the model has {model.config.n_layers} blocks, from 0")
-
-
-def _check_labels(sae: SAE, meta: Mapping[str, str]) -> None:
-    """Refuse labels that speak of another SAE."""
-    for name, own in (("d_sae", str(sae.config.d_sae)), ("hook", sae.config.hook)):
-        if meta.get(name, own) != own:
-            raise SteerError(
-                f"these labels are of an SAE with {name} {meta[name]}, this one has {own}",
-                "pass its own `--labels FILE`",
-            )

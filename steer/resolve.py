@@ -1,7 +1,14 @@
-"""Where a written strength meets its SAE: `1.1x` and `30%` become raw numbers, and what cannot run is refused."""
+"""Where a written strength meets its SAE: `1.1x` and `30%` become raw numbers, and what cannot run is refused.
+
+So is an SAE that cannot belong to the model, and an index that cannot belong to the SAE.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from llama_3.hooks import HookPoint
+from llama_3.model import Transformer
 from sae.intervene import CompiledEdit, CompiledSet
 from sae.model import SAE
 from steer.edits import Edit, SteeringSet
@@ -92,3 +99,24 @@ class Resolver:
     def _norm(self, latent: int) -> float:
         assert self._sae is not None
         return float(self._sae.decoder_direction(latent).float().norm())
+
+
+def check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
+    """Refuse an SAE that cannot belong to this model."""
+    if sae.config.d_in != model.config.d_model:
+        raise SteerError(
+            f"this SAE reads vectors of {sae.config.d_in}, the model's residual stream has {model.config.d_model}",
+            "pass the SAE that was trained on this model",
+        )
+    if hook.layer >= model.config.n_layers:
+        raise SteerError(f"this SAE stands at {hook}, the model has {model.config.n_layers} blocks, from 0")
+
+
+def check_labels(sae: SAE, meta: Mapping[str, str]) -> None:
+    """Refuse labels that speak of another SAE."""
+    for name, own in (("d_sae", str(sae.config.d_sae)), ("hook", sae.config.hook)):
+        if meta.get(name, own) != own:
+            raise SteerError(
+                f"these labels are of an SAE with {name} {meta[name]}, this one has {own}",
+                "pass its own `--labels FILE`",
+            )

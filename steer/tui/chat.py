@@ -372,8 +372,8 @@ class ChatScreen(Actions):
             self.show_features(f"id:{latent}")
 
     def steer(self, latent: int, kind: Literal["add", "clamp", "ablate"]) -> bool:
-        """Puts a latent into the set and paints with it: +1 times its max, or where it has none 20% of the norm."""
-        unit = "1x" if self.maximum(latent) else "20%"
+        """Puts a latent into the set and paints with it: half its max, or where it has none 15% of the norm."""
+        unit = "0.5x" if self.maximum(latent) else "15%"
         text = {"add": f"add {latent} {unit}", "clamp": f"clamp {latent} {unit}", "ablate": f"ablate {latent}"}[kind]
         done = self.attempt(partial(commands.execute, self, f"/steer {text}"))
         if done:

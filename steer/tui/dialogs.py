@@ -12,7 +12,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.events import Paste
+from textual.events import Key, Paste
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
@@ -43,6 +43,21 @@ class Line(Input):
     def _on_paste(self, event: Paste) -> None:
         event.text = clean(event.text)
 
+    async def _on_key(self, event: Key) -> None:
+        # A key bound to an action is obeyed only after it has passed up to the app, so letters typed right after it
+        # would overtake it. These three are obeyed here, in the order in which they were pressed.
+        if event.key not in ("enter", "ctrl+u", "backspace"):
+            return
+        event.stop()
+        event.prevent_default()
+        match event.key:
+            case "enter":
+                await self.action_submit()
+            case "ctrl+u":
+                self.action_delete_left_all()
+            case "backspace":
+                self.action_delete_left()
+
 
 class Ask(ModalScreen[str | None]):
     """Asks for one line. `check` may refuse it with an explained error, whose sentence is then shown."""
@@ -65,7 +80,8 @@ class Ask(ModalScreen[str | None]):
         try:
             self._check(text)
         except EXPLAINED as error:
-            self.query_one(".hint", Static).update(Text(sentence(error)))
+            hint = getattr(error, "hint", None)
+            self.query_one(".hint", Static).update(Text(sentence(error) + (f"; {clean(hint)}" if hint else "")))
             return
         self.dismiss(text)
 

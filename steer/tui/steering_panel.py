@@ -25,7 +25,7 @@ from steer.session import Readout
 from steer.tui import palette
 from steer.tui.palette import BOLD, DIM, PLAIN, Part
 
-EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer 21863 +1x."
+EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer LATENT +0.5x."
 LOUD = 60
 """Percent of the residual norm above which, all edits together, text tends to fall apart."""
 NEXT_PLACE: dict[Place, Place] = {"all": "generated", "generated": "prompt", "prompt": "all"}

@@ -97,6 +97,8 @@ def test_the_report_counts_every_pass_in_which_the_hook_ran(engine: Engine) -> N
     finished = end(run(engine, [ASK], [steering("5 +3", "ablate 7 on generated")], hits=False))
     report = finished.report
     assert report.steps == report.applied > 0
+    watched = end(run(engine, [ASK], [steering("5 +3", "ablate 7 on generated")], hits=True)).report
+    assert watched == report, "the pass that only looks at the last token is no part of the reply"
     assert [edit.text for edit in report.edits] == ["5 +3", "ablate 7 on generated"]
     assert report.edits[0].positions >= report.edits[1].positions > 0
     assert report.steered and report.first == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from textual.app import App, ComposeResult
+from textual.events import Key
 
 from app import SteerApp
 from steer.config import Settings
 from steer.session import EngineInfo
-from steer.tui.dialogs import Ask, Help
+from steer.tui.dialogs import Ask, Help, Line
 from steer.tui.features import FeaturesScreen
 from tests.tui.conftest import Driver, Running, session_of
 from tests.tui.fake_engine import FakeEngine
@@ -25,7 +27,7 @@ async def test_the_cursor_shows_a_tokens_features_and_enter_steers_one(running: 
         await driver.press("enter")
         assert driver.app.chat.inspector.has_focus
         await driver.press("enter")
-        assert [str(edit) for edit in session_of(driver).steering.edits] == [f"{event.hits[0].latent} +1x"]
+        assert [str(edit) for edit in session_of(driver).steering.edits] == [f"{event.hits[0].latent} +0.5x"]
         assert driver.app.chat.painting == event.hits[0].latent
 
 
@@ -50,7 +52,7 @@ async def test_features_are_searched_and_put_to_use(running: Running) -> None:
         assert [card.latent for card in screen.cards] == [9]
         assert screen.card.card is not None and screen.card.card.latent == 9
         await driver.press("enter", "c", "x", "p", "2")
-        assert [str(edit) for edit in session_of(driver).steering.edits] == ["9 +1x", "clamp 9 1x", "ablate 9"]
+        assert [str(edit) for edit in session_of(driver).steering.edits] == ["9 +0.5x", "clamp 9 0.5x", "ablate 9"]
         assert screen.kind == "middle" and driver.app.chat.painting == 9
         await driver.press("slash", "ctrl+u", *"max:a")
         assert "`max:a` is no filter" in driver.text
@@ -161,3 +163,18 @@ async def test_panes_are_sheets_where_only_one_fits(running: Running) -> None:
         await driver.pilot.resize_terminal(160, 40)
         await driver.settle()
         assert "entropy" in driver.text and "You" in driver.text and "No feature is chosen" in driver.text
+
+
+async def test_keys_sent_in_one_burst_are_obeyed_in_their_order() -> None:
+    class Box(App[None]):
+        def compose(self) -> ComposeResult:
+            yield Line("old")
+
+    async with Box().run_test() as pilot:
+        line = pilot.app.query_one(Line)
+        line.focus()
+        await pilot.pause()
+        for key, character in (("ctrl+u", None), ("3", "3"), ("x", "x"), ("backspace", None), ("0", "0")):
+            pilot.app.post_message(Key(key, character))
+        await pilot.pause()
+        assert line.value == "30"
