@@ -17,13 +17,13 @@ from steer.session import Sampling
 
 
 async def draw() -> None:
-    edits = (Edit.parse("221 +0.7x"), Edit.parse("ablate 828"))
+    edits = (Edit.parse("2229 +0.5x"), Edit.parse("ablate 3971"))
     options = {"seed": 3, "sampling": Sampling(), "max_tokens": 110, "pace": 0.0, "steering": SteeringSet(edits)}
     app = SteerApp(Engine.load, Settings(theme="textual-dark"), options)
     async with app.run_test(size=(120, 36)) as pilot:
         while app.session is None:
             await pilot.pause(0.1)
-        app.chat.prompt.fill("Tell me a story about a little girl.")
+        app.chat.prompt.fill("Tell me a story about a dog.")
         await pilot.press("enter")
         await app.workers.wait_for_complete()
         await pilot.pause(0.5)

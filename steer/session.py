@@ -184,6 +184,11 @@ class Reply:
     failed: Failed | None = None
 
     @property
+    def unread(self) -> bool:
+        """Whether the model has read nothing for it."""
+        return self.prompt is None and not self.events and self.finished is None
+
+    @property
     def text(self) -> str:
         shown = "".join(event.text for event in self.events if not event.special)
         return shown + (self.finished.text if self.finished else "")
@@ -322,9 +327,12 @@ class Session:
             turn = Turn("assistant", "", reply)
             self.turns.append(turn)
             try:
-                yield from self._write(turn, reply, prompt, stop)
+                for event in self._write(turn, reply, prompt, stop):
+                    if isinstance(event, Failed) and reply.unread:
+                        self.turns[:] = fallback  # before anyone hears of it, who then looks at the turns
+                    yield event
             finally:  # also when the caller walks away, or interrupts
-                if reply.prompt is None and not reply.events and reply.finished is None:
+                if reply.unread:
                     self.turns[:] = fallback
                 elif reply.finished is None:
                     self._save()

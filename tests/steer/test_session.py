@@ -224,3 +224,10 @@ def test_settings_that_cannot_be_are_refused() -> None:
             Session(FakeEngine(), **options)  # type: ignore[arg-type]
     made = Session(FakeEngine(), sampling=lambda defaults: Sampling(0.1, defaults.top_p))
     assert made.sampling == Sampling(0.1, 0.9)
+
+
+def test_a_refused_message_is_gone_before_anyone_hears_of_the_refusal() -> None:
+    session = Session(FakeEngine())
+    session.say("TOO LONG")
+    for event in session.reply(threading.Event()):
+        assert isinstance(event, Failed) and session.turns == []
