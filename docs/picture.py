@@ -17,7 +17,7 @@ from steer.session import Sampling
 
 
 async def draw() -> None:
-    edits = (Edit.parse("2229 +0.5x"), Edit.parse("ablate 3971"))
+    edits = (Edit.parse("2229 +0.5x"), Edit.parse("ablate 828"))
     options = {"seed": 3, "sampling": Sampling(), "max_tokens": 110, "pace": 0.0, "steering": SteeringSet(edits)}
     app = SteerApp(Engine.load, Settings(theme="textual-dark"), options)
     async with app.run_test(size=(120, 36)) as pilot:
