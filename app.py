@@ -201,7 +201,9 @@ def run(
             code = int(ExitCode.INTERRUPTED)
     if app.error is not None:
         sys.stderr.write(render(app.error) + "\n")
-    elif code and code != ExitCode.INTERRUPTED:
+    elif code == ExitCode.INTERRUPTED:
+        sys.stderr.write("interrupted\n")
+    elif code:
         sys.stderr.write("error: the screens broke off; finished replies are saved\n")
         sys.stderr.write(f"\nhint: what happened is at the end of {log}\n" if log else "")
     if app.loader.is_alive():  # it cannot be stopped, and Python may crash when torch loads while it ends
