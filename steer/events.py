@@ -22,6 +22,11 @@ def clean(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
+def clean_line(text: str) -> str:
+    """`clean` on one line, for labels in tables: a newline in one would pass for a row of its own."""
+    return " ".join(clean(text).split())
+
+
 @dataclass(frozen=True, slots=True)
 class LatentHit:
     """A latent that was active on a token."""

@@ -10,7 +10,7 @@ from steer.cli import engines
 from steer.cli.options import Json, app, command, narrate, put
 from steer.config import Settings
 from steer.errors import SteerError
-from steer.events import clean
+from steer.events import clean, clean_line
 from steer.session import FeatureCard
 
 features = typer.Typer(help="Find features and look at them.", no_args_is_help=True, rich_markup_mode=None)
@@ -60,7 +60,7 @@ def show(
         marked = "".join(
             f"[{text}]" if on > most / 2 > 0 else text for text, on in zip(texts, activations, strict=True)
         )
-        print(f"{kind:>10}  {most:6.2f}  {clean(' '.join(marked.split()))}")
+        print(f"{kind:>10}  {most:6.2f}  {clean_line(marked)}")
 
 
 def _nth(card: FeatureCard, place: int) -> int:
@@ -92,4 +92,4 @@ def _details(card: FeatureCard, examples: list[tuple[str, tuple[str, ...], tuple
 def _line(card: FeatureCard) -> str:
     most = "" if card.max_activation is None else f"{card.max_activation:.2f}"
     density = "" if card.density is None else f"{card.density:.3%}"
-    return f"{card.latent:>7}  max {most:>7}  on {density:>8}  {clean(card.label)}".rstrip()
+    return f"{card.latent:>7}  max {most:>7}  on {density:>8}  {clean_line(card.label)}".rstrip()

@@ -15,7 +15,7 @@ from steer.cli.complete import hit_entry
 from steer.cli.options import Chat, Json, command, given_text, narrate, put
 from steer.config import Settings
 from steer.errors import SteerError
-from steer.events import LatentHit, TokenEvent, clean
+from steer.events import LatentHit, TokenEvent, clean, clean_line
 
 Aggregate = Literal["mean", "last", "max"]
 
@@ -60,7 +60,7 @@ def inspect(
     else:
         for token in tokens:
             named = [
-                f"{hit.latent} {hit.activation:.2f} {clean(names.get(hit.latent, ''))}"
+                f"{hit.latent} {hit.activation:.2f} {clean_line(names.get(hit.latent, ''))}"
                 for hit in token.hits[: top or 5]
             ]
             first, *more = named or [""]
@@ -88,7 +88,7 @@ def _by_text(tokens: Sequence[TokenEvent], names: dict[int, str], aggregate: Agg
         if json:
             put(hit_entry(LatentHit(latent, value), names) | {"aggregate": aggregate, "tokens": count})
         else:
-            print(f"{latent:>7}  {value:>8.3f}  on {count:>4} tokens  {clean(names.get(latent, ''))}".rstrip())
+            print(f"{latent:>7}  {value:>8.3f}  on {count:>4} tokens  {clean_line(names.get(latent, ''))}".rstrip())
 
 
 def _write(file: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
 
-from steer.events import TokenEvent, clean
+from steer.events import TokenEvent, clean, clean_line
 from steer.session import EngineInfo
 
 STRONGEST = 200
@@ -66,7 +66,7 @@ def page(tokens: Sequence[TokenEvent], names: dict[int, str], info: EngineInfo) 
 
 def _span(token: TokenEvent, names: dict[int, str]) -> str:
     hits = json.dumps([[hit.latent, round(hit.activation, 3)] for hit in token.hits])
-    told = [f"{hit.latent}  {hit.activation:.2f}  {clean(names.get(hit.latent, ''))}" for hit in token.hits[:8]]
+    told = [f"{hit.latent}  {hit.activation:.2f}  {clean_line(names.get(hit.latent, ''))}" for hit in token.hits[:8]]
     title = escape("\n".join([f"token {token.index}", *told]))
     kind = ' class="special"' if token.special else ""
     return f'<span{kind} title="{title}" data-hits="{escape(hits)}">{escape(clean(token.text))}</span>'

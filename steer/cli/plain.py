@@ -18,7 +18,7 @@ from steer.cli.options import narrate, put
 from steer.commands import COMMANDS, Paint, execute
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
-from steer.events import Event, Failed, Finished, PromptRead, TokenEvent, clean
+from steer.events import Event, Failed, Finished, PromptRead, TokenEvent, clean, clean_line
 from steer.session import EngineLike, Mode, Session
 from steer.store import Store, snapshot
 
@@ -113,7 +113,7 @@ class PlainChat:
 
     def show_features(self, words: str) -> None:
         for card in self.session.engine.search(words, 20):
-            narrate(f"{card.latent:>7}  {clean(card.label)}")
+            narrate(f"{card.latent:>7}  {clean_line(card.label)}")
 
     def show_help(self) -> None:
         for command in COMMANDS:
