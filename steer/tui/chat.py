@@ -151,8 +151,7 @@ class ChatScreen(Actions):
         if self.session.mode == "completion" and reply is not None:
             said = f"{status.reply_status(reply)} · {said}"
         more = "more below · " if self.transcript.more_below else ""
-        text = more + said if self.session.engine.info.hook else more
-        self.transcript.border_subtitle = palette.title(text) if text else ""
+        self.transcript.border_subtitle = palette.title(more + said if self.session.engine.info.hook else more)
 
     def _draw_token(self) -> None:
         current = self.transcript.current
@@ -175,7 +174,8 @@ class ChatScreen(Actions):
         lead = f"{status.reply_status(reply)} | " if self.session.mode == "completion" and reply else ""
         lead = "more below | " if self.transcript.more_below else lead
         line = status.strip(event, self.app.size.width, lead=lead, labels=labels, maxima=self.maximum, tags=self.tags)
-        self.query_one("#strip", Static).update(line)
+        covered = reply.text if reply and self.has_class("-sheet-steering") else ""
+        self.query_one("#strip", Static).update(status.tail(covered, self.app.size.width) or line)
 
     def draw_turns(self) -> None:
         """Draws the transcript anew."""
@@ -315,6 +315,7 @@ class ChatScreen(Actions):
     def on_descendant_focus(self, event: DescendantFocus) -> None:
         if event.widget in (self.panel, self.inspector) and self.has_class("-narrow"):
             self._sheet("steering" if event.widget is self.panel else "token")
+            self.draw()  # the strip says what the sheet covers
         self._draw_footer()
 
     # What the panes say

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.text import Text
@@ -17,6 +18,7 @@ from steer.events import PromptRead, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
 
+TAIL_ROWS = 4
 _EDITED = re.compile("[a-z ]*[0-9]*")
 """The kind and the latent at the beginning of an edit, whatever its strength."""
 
@@ -114,6 +116,12 @@ def tokens_of(content: str, prompt: PromptRead | None) -> Sequence[TokenEvent]:
     found = prompt.tokens[first : last + 1]
     text = "".join(event.text for event in found)
     return found if text.strip() == content and not any(event.special for event in found) else ()
+
+
+def tail(text: str, width: int) -> Text:
+    """The end of a reply, as much as `TAIL_ROWS` rows hold: what the steering sheet covers while it steers it."""
+    lines = textwrap.wrap(palette.line(text), max(width - 2, 1))
+    return Text("\n".join(f" {line}" for line in lines[-TAIL_ROWS:]), style="dim", no_wrap=True, overflow="crop")
 
 
 def strip(

@@ -434,7 +434,7 @@ class SteeringPanel(Widget, can_focus=True):
             skip = "special too" if self.steering.special_tokens else "none special"
         rows: list[list[Part]] = [[("where  ", DIM), (f"{tokens[edit.place]} tokens, {skip}", PLAIN)]]
         if wide:
-            rows[0].append(("    (w, W change)", DIM))
+            rows[0].append(("    (w, W)", DIM))
         total = self.total()
         if total is not None:
             row: list[Part] = [("total  ", DIM), (f"{total:.0f}% of |x|", PLAIN)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 from textual.app import App, ComposeResult
 from textual.events import Key
+from textual.widgets import Static
 
 from app import SteerApp
 from steer.config import Settings
 from steer.session import EngineInfo
 from steer.tui.dialogs import Ask, Help, Line
 from steer.tui.features import FeaturesScreen
+from steer.tui.status import tail
 from tests.tui.conftest import Driver, Running, session_of
 from tests.tui.fake_engine import FakeEngine
 
@@ -178,3 +180,16 @@ async def test_keys_sent_in_one_burst_are_obeyed_in_their_order() -> None:
             pilot.app.post_message(Key(key, character))
         await pilot.pause()
         assert line.value == "30"
+
+
+async def test_the_steering_sheet_leaves_the_end_of_the_reply_in_sight(running: Running) -> None:
+    async with running(FakeEngine(["one", " two", " three"]), size=(80, 24)) as driver:
+        await driver.send("count")
+        await driver.press("escape", "s")
+        assert "one two three" in str(driver.app.chat.query_one("#strip", Static).render())
+
+
+def test_the_end_of_a_reply_is_cut_to_its_rows() -> None:
+    shown = tail("word " * 200 + "end\x1b[2J", 40).plain.splitlines()
+    assert len(shown) == 4 and shown[-1].endswith("[2J") and "\x1b" not in "".join(shown)
+    assert all(len(line) <= 39 for line in shown) and not tail("", 40)
