@@ -153,6 +153,8 @@ class Engine:
         stop: threading.Event | None = None,
         hits: bool = True,
         alternatives: int = 5,
+        stop_strings: Sequence[str] = (),
+        reuse: bool = False,
     ) -> Iterator[Event]:
         """The events of a batch of replies, row by row as they come.
 

@@ -67,6 +67,10 @@ class EngineInfo:
     """Median norm of the residual stream at the hook."""
     notice: str | None = None
     """One line for the user, for instance that this model runs without features."""
+    reason: str = ""
+    """Why this device and this dtype, where the choice was left to steer."""
+    chat_format: str = ""
+    """How dialogs are written for this model, and why so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,10 @@ class Sampling:
     """0: off."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for every time the reply holds it already."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
@@ -91,6 +99,12 @@ class Sampling:
             ("top_k", self.top_k >= 0, "a whole number from 0 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is off"),
+            (
+                "logit_bias",
+                all(token >= 0 and not math.isnan(bias) and bias < math.inf for token, bias in self.logit_bias),
+                "pairs of a token id from 0 and a number",
+            ),
         ):
             if not fits:
                 raise SteerError(f"{name} is {getattr(self, name)}", f"{name} is {wanted}")
@@ -151,9 +165,13 @@ class EngineLike(Protocol):
         stop: threading.Event | None = None,
         hits: bool = True,
         alternatives: int = 5,
+        stop_strings: Sequence[str] = (),
+        reuse: bool = False,
     ) -> Iterator[Event]:
         """The events of a batch of replies. A callable is asked for the set before every token; a sequence gives each
-        row its own. Raises `SteerError` before the first event for what a user got wrong."""
+        row its own. A reply ends before the first of `stop_strings`. With `reuse` (of one row) tokens that the last
+        such reply read already are not read again. Raises `SteerError` before the first event for what a user got
+        wrong."""
 
     def check(self, edit: Edit) -> None:
         """`SteerError` when the edit cannot run here: no SAE, latent out of range, a unit without its reference."""
@@ -349,6 +367,7 @@ class Session:
                 seeds=[reply.seed],
                 max_tokens=self.max_tokens,
                 stop=stop,
+                reuse=True,
             )
             for event in events:
                 match event:

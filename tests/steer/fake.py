@@ -42,6 +42,8 @@ class FakeEngine:
         stop: threading.Event | None = None,
         hits: bool = True,
         alternatives: int = 5,
+        stop_strings: Sequence[str] = (),
+        reuse: bool = False,
     ) -> Iterator[Event]:
         self.prompts = list(prompts)
         self.asked = {"sampling": sampling, "seeds": list(seeds), "max_tokens": max_tokens, "hits": hits}

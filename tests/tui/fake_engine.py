@@ -90,6 +90,8 @@ class FakeEngine:
         stop: threading.Event | None = None,
         hits: bool = True,
         alternatives: int = 5,
+        stop_strings: Sequence[str] = (),
+        reuse: bool = False,
     ) -> Iterator[Event]:
         assert callable(steering)
         prompt = prompts[0]
