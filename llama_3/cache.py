@@ -1,7 +1,9 @@
 """Keys and values of tokens already read, allocated once and written in place.
 
 Lengths are Python integers, so asking for them never waits for a device. Slots past a row's length hold stale but
-finite numbers and are masked by attention. Suffixes: B rows, H key-value heads, S slots, N head dim.
+finite numbers and are masked by attention. On request (`keep`) a cache also holds the residual stream of its tokens at
+one hook point, from which the layers above can be run again.
+Suffixes: B rows, H key-value heads, S slots, N head dim, D d_model.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,10 @@ import torch
 from torch import Tensor
 
 from llama_3.config import ModelConfig
+from llama_3.hooks import HookPoint
+
+Slots = slice | tuple[Tensor, Tensor, Tensor]
+"""Slots that are the same for all rows, or (row, slot, token) indices of the real tokens where rows differ in length."""
 
 
 class KVCache:
@@ -32,7 +38,20 @@ class KVCache:
             self._keys = torch.zeros(shape, dtype=dtype, device=device)
             self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * rows
+        self.kept_at: HookPoint | None = None
+        """Where the residual is kept, as it was before any hook there."""
+        self._resid_BSD: Tensor | None = None
         self._view()
+
+    def keep(self, point: HookPoint) -> None:
+        """Keep, from now on, the residual from which everything that `point` can change is run again: that at `point`
+        itself between two blocks, else that at the start of its block."""
+        assert not any(self.lengths), "what was read before would be missing"
+        self.kept_at = point if point.site == "resid_post" else HookPoint(point.layer, "resid_pre")
+        with torch.inference_mode(False):
+            self._resid_BSD = torch.zeros(
+                self.rows, self.capacity, self.config.d_model, dtype=self.dtype, device=self.device
+            )
 
     def _view(self) -> None:
         """Per-layer (B, H, S, N) views of the rows in use: indexing the big tensor at every token would cost more."""
@@ -58,7 +77,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self._keys.nbytes + self._values.nbytes
+        kept = 0 if self._resid_BSD is None else self._resid_BSD.nbytes
+        return self._keys.nbytes + self._values.nbytes + kept
 
     def truncate(self, length: int, row: int | None = None) -> None:
         """Forget everything from position `length` on, in one row or in all."""
@@ -73,6 +93,10 @@ class KVCache:
         assert length <= forked.capacity, f"{length} tokens do not fit a capacity of {forked.capacity}"
         forked._keys[:, :, :, :length] = self._keys[:, row : row + 1, :, :length]
         forked._values[:, :, :, :length] = self._values[:, row : row + 1, :, :length]
+        if self.kept_at is not None and self._resid_BSD is not None:
+            forked.keep(self.kept_at)
+            assert forked._resid_BSD is not None
+            forked._resid_BSD[:, :length] = self._resid_BSD[row : row + 1, :length]
         forked.lengths = [length] * rows
         return forked
 
@@ -87,17 +111,16 @@ class KVCache:
                 if new != old:
                     self._keys[:, new, :, :used] = self._keys[:, old, :, :used]
                     self._values[:, new, :, :used] = self._values[:, old, :, :used]
+                    if self._resid_BSD is not None:
+                        self._resid_BSD[new, :used] = self._resid_BSD[old, :used]
         else:
             self._keys, self._values = self._keys[:, rows], self._values[:, rows]
+            self._resid_BSD = None if self._resid_BSD is None else self._resid_BSD[rows]
         self.lengths = [self.lengths[r] for r in rows]
         self._view()
 
-    def write(self, layer: int, k_BHTN: Tensor, v_BHTN: Tensor, where: slice | tuple[Tensor, Tensor, Tensor]) -> None:
-        """Store new keys and values of one layer.
-
-        `where` is a slice of slots, the same for all rows, or (row, slot, token) indices of the real tokens when rows
-        differ in length. Lengths change only with `advance`, after all layers have written.
-        """
+    def write(self, layer: int, k_BHTN: Tensor, v_BHTN: Tensor, where: Slots) -> None:
+        """Store new keys and values of one layer. Lengths change only with `advance`, after all layers have written."""
         if isinstance(where, slice):
             self.keys[layer][:, :, where] = k_BHTN
             self.values[layer][:, :, where] = v_BHTN
@@ -105,6 +128,25 @@ class KVCache:
             row, slot, token = where
             self.keys[layer][row, :, slot] = k_BHTN[row, :, token]
             self.values[layer][row, :, slot] = v_BHTN[row, :, token]
+
+    def write_kept(self, resid_BTD: Tensor, where: Slots) -> None:
+        """Store the residual at `kept_at`."""
+        assert self._resid_BSD is not None
+        if isinstance(where, slice):
+            self._resid_BSD[: self.rows, where] = resid_BTD
+        else:
+            row, slot, token = where
+            self._resid_BSD[row, slot] = resid_BTD[row, token]
+
+    def read_kept(self, tokens: int) -> Tensor:
+        """The kept residual (B, T, D) of the `tokens` slots from each row's length on, read before and then cut off."""
+        assert self._resid_BSD is not None, "no residual is kept: call `keep` before the first token is read"
+        if all(length == self.lengths[0] for length in self.lengths):
+            return self._resid_BSD[: self.rows, self.lengths[0] : self.lengths[0] + tokens]
+        slots_BT = torch.tensor(self.lengths)[:, None] + torch.arange(tokens)
+        rows_B1 = torch.arange(self.rows)[:, None]
+        slots_BT = slots_BT.clamp(max=self.capacity - 1)
+        return self._resid_BSD[rows_B1.to(self.device), slots_BT.to(self.device)]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens just written to each row."""

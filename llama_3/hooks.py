@@ -1,4 +1,4 @@
-"""Places in the residual stream, and callables attached to them.
+"""Places in and around the residual stream, and callables attached to them.
 
 A hook is any `(x_BTD, span) -> x_BTD`; returning the same object means "unchanged". Hooks at one point run in the
 order they were added, each seeing what the one before returned. Nothing here knows what a hook does.
@@ -12,14 +12,20 @@ from functools import cached_property
 
 from torch import Tensor
 
-SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-"""In the order in which a block passes them."""
+from llama_3.config import ModelConfig
+
+SITES = ("resid_pre", "attn_norm", "attn_z", "attn_out", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
+"""In the order in which a block passes them. `attn_norm` and `mlp_norm` are what attention and feed-forward read: the
+norm's output, its weight multiplied in. `attn_z` is the heads' outputs side by side, before the output projection."""
 
 _SPELLINGS: tuple[tuple[str, str | None], ...] = (
-    (r"blocks\.(?P<layer>\d+)\.hook_(?P<site>resid_pre|attn_out|resid_mid|mlp_out|resid_post)", None),  # ours
+    (rf"blocks\.(?P<layer>\d+)\.hook_(?P<site>{'|'.join(SITES)})", None),  # ours
+    (r"blocks\.(?P<layer>\d+)\.attn\.hook_z", "attn_z"),  # TransformerLens
     (r"(?:model\.)?layers\.(?P<layer>\d+)(?:\.output)?", "resid_post"),  # Hugging Face modules, sparsify
     (r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp", "mlp_out"),
-    (r"(?:model\.)?layers\.(?P<layer>\d+)\.self_attn", "attn_out"),
+    (r"(?:model\.)?layers\.(?P<layer>\d+)\.self_attn(?:\.o_proj)?", "attn_out"),
+    (r"(?:model\.)?layers\.(?P<layer>\d+)\.input_layernorm", "attn_norm"),
+    (r"(?:model\.)?layers\.(?P<layer>\d+)\.post_attention_layernorm", "mlp_norm"),
     (r"layer_(?P<layer>\d+)", "resid_pre"),  # old sparsify: the block's input
     (r"(?:resid_post_layer_|resid_post\.layer_)(?P<layer>\d+)", "resid_post"),  # dictionary_learning
     (r"L(?P<layer>\d+)R", "resid_post"),  # Llama Scope
@@ -55,6 +61,10 @@ class HookPoint:
             if match := re.fullmatch(pattern, text.strip()):
                 return cls(int(match["layer"]), site or match["site"])
         raise _point_error(repr(text))
+
+    def width(self, config: ModelConfig) -> int:
+        """Length of the vectors at this point."""
+        return config.n_heads * config.head_dim if self.site == "attn_z" else config.d_model
 
 
 def _point_error(what: str) -> ValueError:

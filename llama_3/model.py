@@ -11,12 +11,13 @@ Papers: Llama 3 (2407.21783), RMSNorm (1910.07467), RoPE (2104.09864), grouped q
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_3.cache import KVCache
+from llama_3.cache import KVCache, Slots
 from llama_3.config import ModelConfig
 from llama_3.hooks import SITES, HookPoint, Hooks, Span
 
@@ -64,6 +65,8 @@ class Rope:
         config, scaling = self.config, self.config.rope_scaling
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents
+        if config.rope_factors is not None:
+            return frequencies / torch.tensor(config.rope_factors)
         if scaling is None:
             return frequencies
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -103,8 +106,8 @@ class Reading:
     """Added to attention scores, (T, S) or (B, 1, T, S); None when nothing is hidden or `causal` says it all."""
     causal: bool
     """More than one token, none read before: a token sees those before it, and the fresh keys are all keys."""
-    where: slice | tuple[Tensor, Tensor, Tensor]
-    """Where new keys and values go, as in `KVCache.write`."""
+    where: Slots
+    """Where new keys and values go."""
     end: int
     """Slots that some row uses once the new tokens are stored."""
 
@@ -126,13 +129,14 @@ def plan_reading(
         )
     assert capacity is not None, "rows differ in length only with a cache"
     cos, sin = rope.tables(end, like)
-    steps_T = torch.arange(tokens, device=device)
-    positions_BT = torch.tensor(starts, device=device)[:, None] + steps_T
-    row, token = (steps_T < torch.tensor(counts, device=device)[:, None]).nonzero(as_tuple=True)
+    # Which slots are written is worked out on the host: asking the device for indices would wait for it.
+    row, token = (torch.arange(tokens) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
+    slot = torch.tensor(starts)[row] + token
+    positions_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
     end = min(end, capacity)
     hidden = torch.arange(end, device=device) > positions_BT[:, None, :, None]
     mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, -torch.inf)
-    where = (row, positions_BT[row, token], token)
+    where = (row.to(device), slot.to(device), token.to(device))
     return Reading(cos[positions_BT][:, :, None], sin[positions_BT][:, :, None], mask, False, where, end)
 
 
@@ -143,10 +147,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
+        self.z = HookPoint(layer, "attn_z")
         self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
         self.out = Linear(config.n_heads * config.head_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, reading: Reading, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading, cache: KVCache | None, tap: "Tap | None" = None) -> Tensor:
         B, T, _ = x_BTD.shape
         H, K, N = self.n_heads, self.n_kv_heads, self.head_dim
         qkv_BTHN = self.qkv(x_BTD).view(B, T, H + 2 * K, N)
@@ -165,6 +170,8 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=reading.mask, is_causal=reading.causal, enable_gqa=K != H
             )
             mixed = mixed.transpose(1, 2).reshape(B, T, H * N)
+        if tap is not None:
+            mixed = tap(self.z, mixed)
         attended: Tensor = self.out(mixed)
         return attended
 
@@ -192,13 +199,17 @@ class _Reached(Exception):  # noqa: N818 (a way out, not an error)
 
 @dataclass(frozen=True)
 class Tap:
-    """What a block calls at each of its points: the hooks there, then the way out at `stop_after`."""
+    """What a block calls at each of its points: the cache that keeps it, the hooks, the way out at `stop_after`."""
 
     hooks: Hooks | None
     span: Span | None
     stop_after: HookPoint | None
+    cache: KVCache | None
+    where: Slots
 
     def __call__(self, point: HookPoint, x_BTD: Tensor) -> Tensor:
+        if self.cache is not None and point == self.cache.kept_at:
+            self.cache.write_kept(x_BTD, self.where)
         if self.hooks is not None and self.span is not None:
             x_BTD = self.hooks(point, x_BTD, self.span)
         if point == self.stop_after:
@@ -222,11 +233,13 @@ class Block(nn.Module):
             x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), reading, cache)
             x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
             return x_BTD
-        resid_pre, attn_out, resid_mid, mlp_out, resid_post = self.points
+        resid_pre, attn_norm, _, attn_out, resid_mid, mlp_norm, mlp_out, resid_post = self.points
         x_BTD = tap(resid_pre, x_BTD)
-        x_BTD = x_BTD + tap(attn_out, self.attention(self.attention_norm(x_BTD), reading, cache))
+        normed_BTD = tap(attn_norm, self.attention_norm(x_BTD))
+        x_BTD = x_BTD + tap(attn_out, self.attention(normed_BTD, reading, cache, tap))
         x_BTD = tap(resid_mid, x_BTD)
-        x_BTD = x_BTD + tap(mlp_out, self.feed_forward(self.feed_forward_norm(x_BTD)))
+        normed_BTD = tap(mlp_norm, self.feed_forward_norm(x_BTD))
+        x_BTD = x_BTD + tap(mlp_out, self.feed_forward(normed_BTD))
         return tap(resid_post, x_BTD)
 
 
@@ -288,13 +301,16 @@ class Transformer(nn.Module):
         span: Span | None = None,
         stop_after: HookPoint | None = None,
         last_only: bool = False,
+        rerun: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) in the model's dtype; (B, 1, V) at each row's last real token with `last_only`.
 
         Rows are right-padded, `lengths_B` holds their real lengths. With a cache the tokens continue each row where it
         stands, and are remembered. `span` is what hooks are told; without one, the tokens count as prompt. With
         `stop_after` nothing beyond that point runs and its tensor (B, T, D) is returned as the hooks there left it.
-        ValueError when a hook point lies beyond the last block, or when a row outgrows the cache.
+        With `rerun` the tokens are some that the cache has read before and that were truncated since: they enter with
+        the residual it keeps, and only the layers above run. ValueError when a hook point lies beyond the last block,
+        or when a row outgrows the cache.
         """
         B, T = tokens_BT.shape
         counts = [T] * B if lengths_B is None else [int(count) for count in lengths_B]
@@ -304,20 +320,27 @@ class Transformer(nn.Module):
             longest = max(map(int.__add__, starts, counts))
             if longest > cache.capacity:
                 raise ValueError(f"{longest} tokens do not fit a cache with room for {cache.capacity}")
-        layers = hooks.layers if hooks is not None else frozenset()
-        for layer in (*layers, *([stop_after.layer] if stop_after else ())):
-            if layer >= self.config.n_layers:
-                raise ValueError(f"there is no block {layer} in a model of {self.config.n_layers} blocks (0-based)")
-        if layers and span is None:
+        hooked = hooks.layers if hooks is not None else frozenset()
+        kept_at = cache.kept_at if cache is not None else None
+        tapped = hooked.union(point.layer for point in (stop_after, kept_at) if point is not None)
+        if tapped and max(tapped) >= self.config.n_layers:
+            raise ValueError(f"there is no block {max(tapped)} in a model of {self.config.n_layers} blocks (0-based)")
+        if hooked and span is None:
             span = plan_span(tokens_BT, starts, counts)
-        tap = Tap(hooks, span, stop_after) if layers or stop_after else None
-
-        resid_BTD = F.embedding(tokens_BT, self.embedding_VD)
+        first = 0
+        if rerun:
+            assert cache is not None and kept_at is not None
+            resid_BTD = cache.read_kept(T)
+            first = kept_at.layer + (kept_at.site == "resid_post")
+        else:
+            resid_BTD = F.embedding(tokens_BT, self.embedding_VD)
         reading = plan_reading(self.rope, starts, counts, T, resid_BTD, cache.capacity if cache else None)
+        tap = Tap(hooks, span, stop_after, cache, reading.where) if tapped else None
         try:
-            for layer, block in enumerate(self.blocks):
-                tapped = layer in layers or (stop_after is not None and stop_after.layer == layer)
-                resid_BTD = block(resid_BTD, reading, cache, tap if tapped else None)
+            if rerun and tap is not None and kept_at is not None and kept_at.layer < first:
+                resid_BTD = tap(kept_at, resid_BTD)
+            for layer, block in islice(enumerate(self.blocks), first, None):
+                resid_BTD = block(resid_BTD, reading, cache, tap if layer in tapped else None)
         except _Reached as reached:
             return reached.x_BTD
         if cache is not None:
