@@ -41,6 +41,8 @@ class ModelConfig:
     """The unembedding is the embedding."""
     bos_id: int
     stop_ids: tuple[int, ...]
+    rope_factors: tuple[float, ...] | None = None
+    """What each RoPE frequency (head_dim / 2 of them) is divided by, where a file lists them; replaces the scaling."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_context"):
