@@ -1,8 +1,9 @@
 """Tokens from prompts, one forward pass at a time.
 
-`stream_steps` is the only loop: the prefill is its first pass, and each pass yields one `Step` for every row that is
-still being written. Rows of different lengths share a batch; a finished row leaves it, and the others keep their
-numbers. Nothing here knows of text, except to look for stop strings.
+`stream_steps` is the only loop: the prefill comes first, a long one in chunks, and then each pass yields one `Step` for
+every row that is still being written. Rows of different lengths share a batch; a finished row leaves it, and the others
+keep their numbers. Nothing here knows of text, except to look for stop strings. `rerun` brings a cache up to date with
+hooks that have changed.
 """
 
 import threading
@@ -18,6 +19,11 @@ from llama_3.hooks import Hooks
 from llama_3.model import Transformer, plan_span
 from llama_3.sampling import Sampling, sample
 from llama_3.tokenizer import StreamDecoder, Tokenizer
+
+
+PREFILL_CHUNK = 512
+"""Tokens of a row that one pass reads: enough to keep any device busy, few enough to bound its working memory and the
+wait for a stop flag."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +51,45 @@ class Step:
     """`stop` or `length` on the row's last step, else None."""
 
 
+class StopText:
+    """Text of one reply as it comes, cut before the first stop string; what may be the start of one is held back."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._strings = tuple(string for string in stop_strings if string)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far can no longer belong to a stop string; `found` says that one is complete."""
+        self._held += text
+        if places := [place for string in self._strings if (place := self._held.find(string)) >= 0]:
+            self.found, released, self._held = True, self._held[: min(places)], ""
+            return released
+        hold = max(
+            (n for string in self._strings for n in range(len(string)) if self._held.endswith(string[:n])), default=0
+        )
+        released, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
+        return released
+
+    def flush(self) -> str:
+        """What was held back when the reply ends otherwise."""
+        released, self._held = self._held, ""
+        return released
+
+
 @dataclass
 class _Row:
     """A row while it is being written."""
 
     number: int
     feed: list[int]
-    """Tokens the next pass reads."""
+    """Tokens that are still to be read."""
     prompt_length: int
     sampling: Sampling
     generator: torch.Generator
     history: list[int]
     decoder: StreamDecoder | None
-    tail: str = ""
+    text: StopText
     made: int = 0
     finish: str | None = field(default=None)
     """Set with the last step; a row with `length` may stay for one more pass."""
@@ -78,18 +110,20 @@ def stream_steps(
     stop: threading.Event | None = None,
     alternatives: int = 0,
     read_last: bool = False,
+    chunk: int = PREFILL_CHUNK,
 ) -> Iterator[list[Step]]:
     """Yield the steps of the rows still being written, in the order of rows, once per forward pass.
 
     A row ends with finish `stop` at a token of `stop_ids` (which is a step, but not text of the reply) or at the token
-    that completes one of `stop_strings` (which need `tokenizer`; the caller cuts the text before the string), and with
-    `length` after `max_tokens` steps or when the model's context is full. With `read_last` a row that ended by length
-    is read once more so that hooks see its last token; a pass that only does this yields an empty list. When `stop` is
-    set, no further pass begins.
+    that completes one of `stop_strings` (which need `tokenizer`; the caller cuts the text, see `StopText`), and with
+    `length` after `max_tokens` steps or when the model's context is full. Prompts longer than `chunk` are read in
+    several passes, all rows ending with the same one; a pass that only reads yields an empty list. With `read_last` a
+    row that ended by length is read once more so that hooks see its last token, which may give an empty list too. When
+    `stop` is set, no further pass begins.
 
-    A `cache` that already holds a prefix of each row makes `prompts` their remaining tokens. It is written to, and its
-    finished rows are dropped as they end (the last ones stay). ValueError names a prompt that is empty, holds an id
-    outside the vocabulary, or leaves no room in the context.
+    A `cache` may hold a first part of each prompt, which is not read again. It is written to, and its finished rows
+    are dropped as they end (the last ones stay). ValueError names a prompt that is empty, holds an id outside the
+    vocabulary, leaves no room in the context or nothing to read, and a biased token that is not there.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     assert len(samplings) == len(seeds) == len(prompts), "one sampling and one seed per prompt"
@@ -101,38 +135,36 @@ def stream_steps(
         return
     context, stopping = model.config.max_context, frozenset(stop_ids)
     before = cache.lengths if cache is not None else [0] * len(prompts)
-    for prompt, length in zip(prompts, before, strict=True):
-        _check_prompt(prompt, length, model)
-    live = [
-        _Row(
-            number,
-            list(prompt),
-            length + len(prompt),
-            samplings[number],
-            torch.Generator().manual_seed(seeds[number]),
-            list(prompt),
-            StreamDecoder(tokenizer) if stop_strings and tokenizer is not None else None,
-        )
-        for number, (prompt, length) in enumerate(zip(prompts, before, strict=True))
-    ]
+    live = []
+    for number, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
+        _check_prompt(prompt, length, samplings[number], model)
+        generator = torch.Generator().manual_seed(seeds[number])
+        decoder = StreamDecoder(tokenizer) if stop_strings and tokenizer is not None else None
+        row = _Row(number, list(prompt[length:]), len(prompt), samplings[number], generator, list(prompt), decoder,
+                   StopText(stop_strings))  # fmt: skip
+        live.append(row)
     if cache is None:
         cache = model.new_cache(len(live), min(context, max(row.prompt_length for row in live) + max_tokens))
     while live:
         if stop is not None and stop.is_set():
             return
         with torch.inference_mode():
-            logits_BV = _read(model, live, cache, hooks)
-            writing = [i for i, row in enumerate(live) if row.finish is None]
-            if len(writing) < len(live):
+            logits_BV = _read(model, live, cache, hooks, chunk)
+            unread = any(row.feed for row in live)
+            writing = [] if unread else [i for i, row in enumerate(live) if row.finish is None]
+            if 0 < len(writing) < len(live):
                 logits_BV = logits_BV[writing]
             drawn = _draw(logits_BV, [live[i] for i in writing], alternatives) if writing else []
+        if unread:
+            yield []
+            continue
         steps = []
         for i, (token, logprob, entropy, others) in zip(writing, drawn, strict=True):
             row = live[i]
             row.made += 1
             row.feed = [token]
             row.history.append(token)
-            if token in stopping or _ends_text(row, token, stop_strings):
+            if token in stopping or _ends_text(row, token):
                 row.finish = "stop"
             elif row.made >= max_tokens or row.prompt_length + row.made >= context:
                 row.finish = "length"
@@ -149,25 +181,62 @@ def stream_steps(
         live = [live[i] for i in kept]
 
 
-def _check_prompt(prompt: Sequence[int], before: int, model: Transformer) -> None:
+def rerun(
+    model: Transformer,
+    cache: KVCache,
+    tokens: Sequence[int],
+    start: int,
+    *,
+    prompt_length: int,
+    hooks: Hooks,
+    chunk: int = PREFILL_CHUNK,
+) -> Iterator[None]:
+    """Bring a cache of one row up to date with hooks that have changed, from position `start` on.
+
+    `tokens` are those that the cache holds, `prompt_length` is what the span tells the hooks. Only the layers above the
+    residual that the cache keeps are run; hooks below it are not asked again. Yields once per forward pass.
+    """
+    assert cache.rows == 1 and cache.lengths[0] == len(tokens)
+    cache.truncate(start)
+    for begin in range(start, len(tokens), chunk):
+        part = torch.tensor([list(tokens[begin : begin + chunk])], device=model.device)
+        with torch.inference_mode():
+            span = plan_span(part, [begin], [part.shape[1]], prompt_lengths=[prompt_length])
+            model.forward(part, cache=cache, hooks=hooks, span=span, last_only=True, rerun=True)
+        yield
+
+
+def _check_prompt(prompt: Sequence[int], before: int, sampling: Sampling, model: Transformer) -> None:
     context, vocab_size = model.config.max_context, model.config.vocab_size
     if not prompt:
         raise config_error("the prompt is empty", "it needs at least the begin-of-text token")
     if bad := [token for token in prompt if not 0 <= token < vocab_size]:
         raise config_error(f"token id {bad[0]} lies outside the model's vocabulary of {vocab_size}")
-    if before + len(prompt) >= context:
+    if bad := [token for token, _ in sampling.logit_bias if token >= vocab_size]:
+        raise config_error(f"logit_bias names token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+    if before >= len(prompt):
+        raise config_error(f"the cache holds {before} tokens, which leaves none of the prompt's {len(prompt)} to read")
+    if len(prompt) >= context:
         raise config_error(
-            f"the prompt is {before + len(prompt)} tokens long and the model's context is {context}",
+            f"the prompt is {len(prompt)} tokens long and the model's context is {context}",
             "shorten the prompt: at least one token must be left for the reply",
         )
 
 
-def _read(model: Transformer, live: list[_Row], cache: KVCache, hooks: Hooks | None) -> Tensor:
-    """float32 logits (B, V) after what each row has to feed."""
-    counts = [len(row.feed) for row in live]
+def _read(model: Transformer, live: list[_Row], cache: KVCache, hooks: Hooks | None, chunk: int) -> Tensor:
+    """float32 logits (B, V) after the next part of what each row has to feed.
+
+    Rows wait until all have the same number of passes to go, so that every prompt ends with the same one.
+    """
+    passes = max(-(-len(row.feed) // chunk) for row in live)
+    parts: list[list[int]] = []
+    for row in live:
+        size = len(row.feed) - (passes - 1) * chunk
+        parts.append(row.feed[: max(0, size)])
+        row.feed = row.feed[max(0, size) :]
+    counts = [len(part) for part in parts]
     longest = max(counts)
-    padded = [row.feed + [0] * (longest - len(row.feed)) for row in live]
-    tokens_BT = torch.tensor(padded, device=model.device)
+    tokens_BT = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=model.device)
     span = None
     if hooks is not None and len(hooks):
         numbers, prompt_lengths = [row.number for row in live], [row.prompt_length for row in live]
@@ -182,7 +251,7 @@ def _draw(
     """Token, logprob, entropy and alternatives of each row, copied from the device at once."""
     drawn = sample(
         logits_BV, [row.sampling for row in rows], [row.generator for row in rows], [row.history for row in rows],
-        alternatives,
+        [row.made for row in rows], alternatives,
     )  # fmt: skip
     A = drawn.alternatives_BA.shape[1]
     columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None]]
@@ -199,10 +268,7 @@ def _draw(
     ]
 
 
-def _ends_text(row: _Row, token: int, stop_strings: Sequence[str]) -> bool:
-    if row.decoder is None:
-        return False
-    piece = row.decoder.push(token)
-    text = row.tail + piece
-    row.tail = text[-max(map(len, stop_strings)) :]
-    return any(string and string in text for string in stop_strings)
+def _ends_text(row: _Row, token: int) -> bool:
+    if row.decoder is not None:
+        row.text.push(row.decoder.push(token))
+    return row.text.found

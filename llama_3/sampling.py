@@ -1,11 +1,14 @@
 """From logits to a token, one row at a time.
 
 Every row has its own generator and is cut, renormalised and drawn by itself, so it gets the same token alone and in any
-batch. The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. What is *reported*
-(log-probability, entropy, alternatives) is always the model's own distribution: no temperature, penalty or cut.
+batch. The order is transformers', the frequency penalty after the repetition penalty as in vLLM: logit bias, repetition
+penalty, frequency penalty, temperature, top-k, top-p, min-p. What is *reported* (log-probability, entropy,
+alternatives) is always the model's own distribution: no bias, penalty, temperature or cut.
 Suffixes: B rows, V vocabulary, A alternatives.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +32,17 @@ class Sampling:
     min_p: float = 0.0
     """Tokens at least this likely relative to the likeliest."""
     repetition_penalty: float = 1.0
-    """Logits of tokens already seen are divided by this where positive and multiplied where negative (1909.05858)."""
+    """Logits of tokens already seen, the prompt's too, are divided by this where positive and multiplied where negative
+    (1909.05858)."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for every time the reply holds it already, as in OpenAI's API."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, number added to its logit); minus infinity forbids a token."""
+
+    @property
+    def shifts_logits(self) -> bool:
+        """Whether logits are changed before they are scaled and cut."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or bool(self.logit_bias)
 
     def __post_init__(self) -> None:
         for name, ok, need in (
@@ -38,6 +51,8 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
+            ("logit_bias", all(i >= 0 and bias < math.inf for i, bias in self.logit_bias), "ids from 0, numbers"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be {need}")
@@ -63,11 +78,12 @@ def sample(
     samplings: Sequence[Sampling],
     generators: Sequence[torch.Generator],
     history: Sequence[Sequence[int]] = (),
+    made: Sequence[int] = (),
     alternatives: int = 0,
 ) -> Sampled:
     """Draw one token per row of float logits. Generators live on the CPU and give one number a token.
 
-    `history` holds the tokens of each row so far and is read only where a repetition penalty is set.
+    `history` holds the tokens of each row so far, the last `made` of which are its reply's; penalties read them.
     """
     logprobs_BV = torch.log_softmax(logits_BV.float(), -1)
     probs_BV = logprobs_BV.exp()
@@ -76,8 +92,9 @@ def sample(
         uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
         # log-probabilities are logits shifted by a constant; only a penalty sees the sign of the logits themselves.
         scores_V = logprobs_BV[row]
-        if sampling.repetition_penalty != 1.0 and history and history[row]:
-            scores_V = _penalise(logits_BV[row].float(), sampling.repetition_penalty, history[row])
+        if sampling.shifts_logits:
+            seen = history[row] if history else ()
+            scores_V = _shift(logits_BV[row].float(), sampling, seen, seen[len(seen) - made[row] :] if made else ())
         tokens.append(_draw(scores_V, sampling, uniform))
     tokens_B = torch.stack(tokens)
     top = probs_BV.topk(min(alternatives, probs_BV.shape[-1]), -1)
@@ -90,10 +107,21 @@ def sample(
     )
 
 
-def _penalise(logits_V: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:
-    ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
-    values = logits_V[ids]
-    return logits_V.index_copy(0, ids, torch.where(values > 0, values / penalty, values * penalty))
+def _shift(logits_V: Tensor, sampling: Sampling, seen: Sequence[int], reply: Sequence[int]) -> Tensor:
+    """Logits with the row's bias and penalties."""
+    logits_V = logits_V.clone()
+    device = logits_V.device
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device))
+    if sampling.repetition_penalty != 1.0 and seen:
+        where = torch.tensor(sorted(set(seen)), device=device)
+        values, penalty = logits_V[where], sampling.repetition_penalty
+        logits_V[where] = torch.where(values > 0, values / penalty, values * penalty)
+    if sampling.frequency_penalty and (counts := Counter(reply)):
+        where = torch.tensor(list(counts), device=device)
+        logits_V[where] -= sampling.frequency_penalty * torch.tensor(list(counts.values()), device=device)
+    return logits_V
 
 
 def _draw(scores_V: Tensor, sampling: Sampling, uniform: float) -> Tensor:
@@ -118,7 +146,7 @@ def _draw(scores_V: Tensor, sampling: Sampling, uniform: float) -> Tensor:
             break
         look = size
     kept = probs * keep
-    return top.indices[_invert(kept, keep.sum(), uniform)]
+    return top.indices.take(_invert(kept, keep.sum(), uniform))  # `[]` would wait for the device
 
 
 def _ranked_probabilities(top: Tensor, scaled_V: Tensor, sampling: Sampling) -> Tensor:

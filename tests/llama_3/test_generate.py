@@ -237,7 +237,7 @@ def test_a_cached_prefix_gives_the_same_reply(model: Transformer) -> None:
     model(torch.tensor([PROMPTS[1][:5]]), cache=cache)
     spans, hooks = list[Span](), Hooks()
     hooks.add(HookPoint(0, "resid_pre"), recorder(spans))
-    [rest] = run(model, [PROMPTS[1][5:]], cache=cache, hooks=hooks)
+    [rest] = run(model, [PROMPTS[1]], cache=cache, hooks=hooks)
     assert tokens_of(rest) == tokens_of(whole)
     assert spans[0].positions_BT.tolist() == [[5, 6, 7]] and spans[0].prompt_lengths_B.tolist() == [8]
     cache.truncate(3)  # a cache used in generation can still be written outside of it
