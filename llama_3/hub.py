@@ -12,14 +12,13 @@ sentence built here: what the library says may hold signed addresses or tokens a
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-
-from llama_3.config import read_json
 
 SMALL = (
     "config.json",
@@ -195,11 +194,7 @@ def _whole_model(snapshot: Path, file: str | None) -> Path | None:
     small = _all_there(snapshot, ["config.json"]) and any((snapshot / name).is_file() for name in TOKENIZERS)
     for stem, suffix in INDEXED:
         index = snapshot / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            shards = (read_json(index) or {}).get("weight_map")
-            weights = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-        else:
-            weights = [f"{stem}.{suffix}"]
+        weights = _indexed_names(index) if index.exists() else [f"{stem}.{suffix}"]
         if small and weights and _all_there(snapshot, weights):
             return snapshot
     for folder in (snapshot / "original", snapshot):
@@ -208,6 +203,14 @@ def _whole_model(snapshot: Path, file: str | None) -> Path | None:
             return None if broken else folder
     ggufs = [path for path in snapshot.rglob("*.gguf") if path.is_file()]
     return ggufs[0] if len(ggufs) == 1 and not (snapshot / "config.json").exists() else None
+
+
+def _indexed_names(index: Path) -> list[str]:
+    """The shards an index names; none where it cannot be read."""
+    try:
+        return sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _all_there(folder: Path, names: list[str]) -> bool:

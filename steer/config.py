@@ -1,7 +1,8 @@
 """Settings: `steer.toml` from the working folder, else from the user's configuration folder, under what was typed.
 
 `STEER_HOME` replaces the user's configuration and data folders both. A flag that was typed beats the file; a typed
-model leaves the file's SAE and labels behind, since those go with the file's model, and a typed SAE its labels.
+model leaves the file's SAE, labels and chat format behind, since those go with the file's model, and a typed SAE its
+labels. A model is a folder, a .gguf file or a hub id; it is looked for when it is loaded.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import difflib
 import math
 import os
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from llama_3.hub import parse_hub_id
 from steer.errors import SteerError, sentence
 from steer.events import clean
 from steer.session import Sampling, check_max_tokens, check_seed
 
 FILE = "steer.toml"
+
+QUANTIZE = ("none", "int8", "int4")
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_MODEL = DEMO / "model"
@@ -32,19 +37,31 @@ class Settings:
     """What every command runs with. None leaves a choice to the model, the SAE or the machine."""
 
     model: str | None = None
-    """Folder of the model; None is the shipped one."""
+    """Folder, .gguf file or hub id of the model; None is the shipped one."""
     sae: str | None = None
     """Folder of the SAE; None is the shipped one with the shipped model, else none."""
     labels: str | None = None
     """The label index, an SQLite file."""
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
+    """Weights in int8 or int4; None and `none` leave them as they are."""
+    chat_format: str | None = None
+    """How dialogs are written; None is what the checkpoint says."""
+    compile: bool = False
+    """Compile the step that writes one token."""
     threads: int | None = None
     """CPU threads of torch."""
     seed: int | None = None
     """None draws a fresh one for each reply."""
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
+    """(token id, what is added to its logit); in the file a table, `{ 128009 = -5.0 }`."""
     max_tokens: int | None = None
     system: str | None = None
     """System prompt of new chats."""
@@ -66,15 +83,14 @@ class Settings:
             raise SteerError(f"threads is {self.threads}", "give at least 1, or leave it out")
         if not (math.isfinite(self.pace) and self.pace >= 0):
             raise SteerError(f"pace is {self.pace}", "give tokens a second; 0 is no limit")
+        if self.quantize not in (None, *QUANTIZE):
+            raise SteerError(f"quantize is {clean(str(self.quantize))}", f"choose {', '.join(QUANTIZE)}")
         self.sampling(Sampling())
 
     def sampling(self, defaults: Sampling) -> Sampling:
-        """`defaults`, with the temperature and the top-p of these settings where they are given."""
-        return replace(
-            defaults,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-        )
+        """`defaults` under what these settings give of temperature, top-p, penalties and the rest."""
+        given = {entry.name: getattr(self, entry.name, None) for entry in fields(Sampling)}
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     @classmethod
     def load(cls, **typed: Any) -> Settings:
@@ -82,7 +98,7 @@ class Settings:
         file = find_file()
         given = _read(file) if file else {}
         typed = {name: value for name, value in typed.items() if value is not None}
-        left = {"model": ("sae", "labels"), "sae": ("labels",)}
+        left = {"model": ("sae", "labels", "chat_format"), "sae": ("labels",)}
         for name in (behind for one in typed for behind in left.get(one, ())):
             given.pop(name, None)
         return cls(**{**given, **typed}, file=file)
@@ -142,11 +158,33 @@ def _read(file: Path) -> dict[str, Any]:
     settings = {name: _typed(name, value, wanted[name], file) for name, value in raw.items()}
     for name in ("model", "sae", "labels"):
         if name in settings:
-            settings[name] = str(file.parent / Path(settings[name]).expanduser())
+            path = file.parent / Path(settings[name]).expanduser()
+            if name != "model" or path.exists() or parse_hub_id(settings[name]) is None:
+                settings[name] = str(path)
     return settings
 
 
+def read_biases(pairs: Iterable[str]) -> tuple[tuple[int, float], ...] | None:
+    """What `ID=X` says, for each; None for none at all."""
+    read = []
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            read.append((int(token), float(bias)))
+        except ValueError as error:
+            raise SteerError(
+                f"`{clean(pair)}` is no logit bias", "write a token id and a number, as in `128009=-5`"
+            ) from error
+    return tuple(read) or None
+
+
 def _typed(name: str, value: Any, wanted: Any, file: Path) -> Any:
+    if name == "logit_bias":
+        if not isinstance(value, dict):
+            raise SteerError(
+                f"`{name}` in `{file}` is {clean(str(value))}, but it should be a table `{{ 128009 = -5 }}`"
+            )
+        return read_biases(f"{token}={bias}" for token, bias in value.items())
     kind = next(kind for kind in (get_args(wanted) or (wanted,)) if kind is not type(None))
     if kind is float and type(value) is int:
         return float(value)

@@ -47,12 +47,13 @@ def capture_files(
     engine: Engine, settings: Settings, files: list[Path], out: Path, hooks: list[str] | None, max_tokens: int
 ) -> dict[str, Any]:
     """Captures into `out`; the counts. Progress goes to stderr."""
+    from llama_3.hub import resolve_model
     from train.capture import capture as run
 
     check_files(files)
     if max_tokens < 1:
         raise SteerError(f"--max-tokens is {max_tokens}", "give at least 1")
-    folder = Path(settings.model) if settings.model else DEMO_MODEL
+    model = resolve_model(settings.model) if settings.model else DEMO_MODEL
     summary = run(
         engine.model,
         engine.tokenizer,
@@ -60,7 +61,7 @@ def capture_files(
         out,
         hooks or [engine.info.hook or f"blocks.{int(0.6 * len(engine.model.blocks))}.hook_resid_post"],
         max_tokens,
-        provenance=hashes(folder),
+        provenance=hashes(model),
         on_progress=lambda done, of: narrate(f"captured {done:,} of at most {of:,} tokens"),
     )
     return asdict(summary)
@@ -73,10 +74,13 @@ def check_files(files: list[Path]) -> None:
             raise SteerError(f"there is no file `{file}`")
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of a model's weights, configuration and tokenizer, by file name."""
+def hashes(model: Path) -> dict[str, str]:
+    """SHA-256 of a model's weights, configuration and tokenizer, by file name; of a GGUF file, of itself."""
     from train.shards import sha256_of
 
     kept = ("config.json", "params.json", "tokenizer.json", "tokenizer.model")
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".pth") or file.name in kept]
+    files = [model]
+    if model.is_dir():
+        weights = (".safetensors", ".bin", ".pth")
+        files = [file for file in sorted(model.iterdir()) if file.suffix in weights or file.name in kept]
     return {file.name: sha256_of(file) for file in files}

@@ -50,6 +50,10 @@ def chat(
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")
     import app
 
+    if settings.model:  # a download draws its progress here, before the screens
+        from llama_3.hub import resolve_model
+
+        settings = replace(settings, model=str(resolve_model(settings.model)))
     # One core is left to the screen, so that keys are answered while a reply streams.
     settings = replace(settings, threads=settings.threads or max(1, (os.cpu_count() or 1) - 1))
     load = functools.partial(engines.load_engine, settings)  # tells what it has to say on the screen

@@ -14,7 +14,7 @@ from steer.cli import engines
 from steer.cli.options import Chat, Edits, Error, Json, command, given_text, narrate, put, steering_set
 from steer.config import Settings
 from steer.edits import SteeringSet
-from steer.errors import EXPLAINED, ExitCode, sentence
+from steer.errors import EXPLAINED, ExitCode, SteerError, sentence
 from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean
 from steer.session import MAX_SEED, EngineLike, Prompt, Role, check_max_tokens
 
@@ -47,11 +47,16 @@ def complete(
     edit: Edits = None,
     error: Error = "keep",
     chat: Chat = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; repeatable.", metavar="TEXT")
+    ] = None,
     hits: Annotated[int, typer.Option(help="Features of each token in --json, the N strongest.", metavar="N")] = 0,
     json: Json = False,
 ) -> int:
     """Go on from a text."""
-    steering = steering_set(edit, error)
+    steering, ends = steering_set(edit, error), tuple(stop or ())
+    if "" in ends:
+        raise SteerError("--stop is empty", "give the text that a reply should end before")
     texts = prompts or []
     if texts in ([], ["-"]):
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
@@ -67,12 +72,12 @@ def complete(
     head: tuple[tuple[Role, str], ...] = (("system", settings.system),) if settings.system else ()
     asks = [Prompt(messages=(*head, ("user", text))) if chat else Prompt(text=text) for text in texts]
     live = len(rows) == 1 and not json and sys.stdout.isatty()
-    with engines.interruptible() as stop:
-        events = _events(engine, asks, steering, settings, seeds, limit, stop, hits > 0)
+    with engines.interruptible() as cancel:
+        events = _events(engine, asks, steering, settings, seeds, limit, cancel, hits > 0, ends)
         _follow(events, rows, live, lambda row: _show(row, engine, steering, hits, json, live, len(rows) > 1))
     if any(row.failed for row in rows):
         return ExitCode.MISTAKE
-    return ExitCode.INTERRUPTED if stop.is_set() else ExitCode.DONE
+    return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
 
 
 def _events(
@@ -82,8 +87,9 @@ def _events(
     settings: Settings,
     seeds: list[int],
     limit: int,
-    stop: Any,
+    cancel: Any,
     hits: bool,
+    ends: tuple[str, ...],
 ) -> Iterable[Event]:
     """The engine's stream, its errors as `Failed` too: a batch that breaks still tells what it has."""
     try:
@@ -93,9 +99,10 @@ def _events(
             sampling=settings.sampling(engine.defaults),
             seeds=seeds,
             max_tokens=limit,
-            stop=stop,
+            stop=cancel,
             hits=hits,
             alternatives=0,
+            stop_strings=ends,
         )
     except EXPLAINED as error:
         yield Failed(sentence(error), getattr(error, "hint", None))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steer.cli.options import narrate
 from steer.config import Settings
@@ -24,10 +25,16 @@ class InspectingEngine(EngineLike, Protocol):
 
 
 def make_engine(settings: Settings) -> InspectingEngine:
-    """The engine that the settings ask for; says on stderr when it runs without features."""
+    """The engine that the settings ask for; says on stderr when it runs without features.
+
+    To a person who chose a model it also says where that runs and why; scripts and the demo are not told every time.
+    """
     engine = load_engine(settings)
-    if engine.info.notice:
-        narrate(engine.info.notice)
+    info = engine.info
+    if info.reason and settings.model and sys.stderr.isatty():
+        narrate(f"{info.model} on {info.device} in {info.dtype} ({info.reason})")
+    if info.notice:
+        narrate(info.notice)
     return engine
 
 
@@ -35,6 +42,9 @@ def load_engine(settings: Settings) -> Engine:
     """The engine itself, with the model and the SAE that capture and training need."""
     from steer.engine import Engine
 
+    more: dict[str, Any] = {} if settings.quantize in (None, "none") else {"quantize": settings.quantize}
+    more |= {} if settings.chat_format is None else {"chat_format": settings.chat_format}
+    more |= {"compile": True} if settings.compile else {}
     return Engine.load(
         settings.model,
         settings.sae,
@@ -42,6 +52,7 @@ def load_engine(settings: Settings) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
+        **more,
     )
 
 

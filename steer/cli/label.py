@@ -29,6 +29,7 @@ def collect(
     json: Json = False,
 ) -> None:
     """Stream text through model and SAE; keep examples and statistics of every latent."""
+    from llama_3.hub import resolve_model
     from train.collect import collect as run
 
     check_files(files)
@@ -37,7 +38,7 @@ def collect(
     engine = engines.load_engine(settings)
     if engine.sae is None:
         raise SteerError("there is no SAE whose latents could be collected", "pass `--sae FOLDER`")
-    model = Path(settings.model) if settings.model else DEMO_MODEL
+    model = resolve_model(settings.model) if settings.model else DEMO_MODEL
     sae = Path(settings.sae) if settings.sae else DEMO_SAE
     meta = {f"model/{name}": digest for name, digest in hashes(model).items()}
     meta["sae/sae.safetensors"] = hashes(sae)["sae.safetensors"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from steer import __version__
-from steer.config import Settings
+from steer.config import Settings, read_biases
 from steer.edits import GRAMMAR, Edit, SteeringSet
 from steer.errors import SteerError
 
@@ -31,11 +31,21 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _SHARED: dict[str, Any] = {
-    "model": Annotated[str | None, typer.Option(help="Folder of the model; without it, the demo.", metavar="DIR")],
+    "model": Annotated[
+        str | None,
+        typer.Option(help="Folder, .gguf file or Hugging Face id (org/name); without it, the demo.", metavar="MODEL"),
+    ],
     "sae": Annotated[str | None, typer.Option(help="Folder of the SAE.", metavar="DIR")],
     "labels": Annotated[str | None, typer.Option(help="Label index.", metavar="FILE")],
-    "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")],
-    "dtype": Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")],
+    "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on, or mps.")],
+    "dtype": Annotated[str | None, typer.Option(help="auto (`doctor` says which), float32, bfloat16 or float16.")],
+    "quantize": Annotated[str | None, typer.Option(help="Weights in int8 or int4: less memory, less exact; or none.")],
+    "chat_format": Annotated[
+        str | None, typer.Option(help="How dialogs are written; without it, what the model says.", metavar="NAME")
+    ],
+    "compile": Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the step that writes a token.")
+    ],
     "threads": Annotated[int | None, typer.Option(help="CPU threads.", metavar="N")],
 }
 _SAMPLED: dict[str, Any] = {
@@ -43,6 +53,15 @@ _SAMPLED: dict[str, Any] = {
     "max_tokens": Annotated[int | None, typer.Option(help="The most tokens of a reply.", metavar="N")],
     "temperature": Annotated[float | None, typer.Option(help="0 takes the likeliest token.")],
     "top_p": Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")],
+    "top_k": Annotated[int | None, typer.Option(help="Draw from the N likeliest tokens; 0 is off.", metavar="N")],
+    "min_p": Annotated[
+        float | None, typer.Option(help="Leave out what is less likely than this share of the likeliest.")
+    ],
+    "repetition_penalty": Annotated[float | None, typer.Option(help="Above 1: tokens that were there count less.")],
+    "frequency_penalty": Annotated[float | None, typer.Option(help="Off a logit for each time its token was written.")],
+    "logit_bias": Annotated[
+        list[str] | None, typer.Option(help="Added to the logit of a token id; repeatable.", metavar="ID=X")
+    ],
 }
 """Every one of these is a field of `Settings`; None means that it was not typed."""
 
@@ -62,6 +81,7 @@ def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Cal
         def run(**given: Any) -> Any:
             del given["debug"]  # `main` has seen it
             typed = {name: given.pop(name) for name in shared}
+            typed["logit_bias"] = read_biases(typed.get("logit_bias") or ())
             return body(settings=Settings.load(**typed), **given)
 
         own = [
