@@ -20,7 +20,6 @@ from llama_3.model import Transformer, plan_span
 from llama_3.sampling import Sampling, sample
 from llama_3.tokenizer import StreamDecoder, Tokenizer
 
-
 PREFILL_CHUNK = 512
 """Tokens of a row that one pass reads: enough to keep any device busy, few enough to bound its working memory and the
 wait for a stop flag."""

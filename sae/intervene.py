@@ -62,22 +62,45 @@ class CompiledSet:
     def __bool__(self) -> bool:
         return bool(self.edits) or self.drop_error
 
+    def at(self, generated: bool) -> CompiledSet:
+        """What of the set can act at a position of the prompt, or from its last position on (`generated`)."""
+        places = ("all", "generated") if generated else ("all", "prompt")
+        kept = tuple(edit for edit in self.edits if edit.place in places)
+        return CompiledSet(kept, self.drop_error, self.special_tokens) if kept or self.drop_error else NO_EDITS
 
-@dataclass(slots=True)
+
+Trace = Tensor
+"""What one edit did to one row, (5, T), float32, on the device: the position; 1 where it acted, else 0; the latent's
+activation there before; what the encoder reads of the latent in the edited stream, rectified, before the race for k
+places; 1 where a `bias` did not bring its latent into the active set. The last three are 0 where it did not act."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
-    """What one edit did to one row so far. Kept on the device; reading it costs one copy."""
+    """What one edit did to one row, summed."""
 
-    positions: Tensor
+    positions: int
     """Positions where it acted."""
-    before: Tensor
-    """Sum of the latent's activation there."""
-    after: Tensor
-    """Sum of what the encoder reads of the latent in the edited stream, rectified, before the race for k places."""
-    lost: Tensor
-    """Positions where a `bias` did not bring its latent into the active set."""
-    first: Tensor
+    before: float | None
+    """Mean activation of the latent there, None where it never acted."""
+    after: float | None
+    """Mean of what the encoder reads of it in the edited stream."""
+    lost: int
+    """Positions where a `bias` lost the race."""
+    first: int | None
     """First and last position where it acted."""
-    last: Tensor
+    last: int | None
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace]) -> Tally:
+        """The sums of traces, copied from the device at once."""
+        trace_5P = torch.cat(list(traces), 1).cpu().double()
+        positions_P = trace_5P[0, trace_5P[1] > 0]
+        if not len(positions_P):
+            return cls(0, None, None, 0, None, None)
+        acted, before, after, lost = trace_5P[1:].sum(1).tolist()
+        first, last = int(positions_P.min()), int(positions_P.max())
+        return cls(int(acted), before / acted, after / acted, int(lost), first, last)
 
 
 @dataclass(slots=True)
@@ -91,7 +114,6 @@ class Record:
 
 
 NO_EDITS = CompiledSet()
-FAR = 2**31 - 1
 
 
 @dataclass(slots=True)
@@ -106,8 +128,10 @@ class Steerer:
     special: Collection[int] = ()
     recording: bool = False
     sets: Mapping[int, CompiledSet] = field(default_factory=dict)
-    record: Record | None = None
-    tallies: dict[tuple[int, CompiledEdit], Tally] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    """One per call while `recording`, oldest first; whoever reads them takes them out."""
+    traces: dict[tuple[int, CompiledEdit], list[Trace]] = field(default_factory=dict)
+    """By row and edit, one per call in which the edit was in the row's set."""
     applied: dict[int, int] = field(default_factory=dict)
     """Forward passes in which a row's set had at least one live edit."""
     _special: Tensor | None = None
@@ -119,7 +143,6 @@ class Steerer:
             if compiled:
                 groups.setdefault(compiled, []).append(place)
                 self.applied[row] = self.applied.get(row, 0) + 1
-        self.record = None
         if not groups and not self.recording:
             return resid_BTD
         x_BTD = resid_BTD.float()
@@ -130,7 +153,7 @@ class Steerer:
         pre_BTF = self.sae.pre_activations(x_BTD) if needs_pre else None
         latents = self.sae.encode(x_BTD) if pre_BTF is None else self.sae.activate(pre_BTF)
         if self.recording:
-            self.record = Record(tuple(span.rows), positions_BT, latents, readable_BT)
+            self.records.append(Record(tuple(span.rows), positions_BT, latents, readable_BT))
         if not groups:
             return resid_BTD
         edited_BTD = resid_BTD.clone()
@@ -149,7 +172,7 @@ class Steerer:
             touched_RT = allowed_RT if compiled.drop_error else acting_ERT.any(0)
             # Untouched positions keep their very bits, whatever the round trip through float32 would do.
             edited_BTD[pick] = torch.where(touched_RT[..., None], y_RTD.to(resid_BTD.dtype), resid_BTD[pick])
-            self._count(compiled, [span.rows[p] for p in places], f, y_RTD, acting_ERT, lost_ERT, positions_BT[pick])
+            self._trace(compiled, [span.rows[p] for p in places], f, y_RTD, acting_ERT, lost_ERT, positions_BT[pick])
         return edited_BTD
 
     def _deltas(
@@ -190,7 +213,7 @@ class Steerer:
             delta_RTD += amount_RT[..., None] * self.sae.decoder_direction(edit.latent).float()
         return delta_RTD, acting_ERT, lost_ERT
 
-    def _count(
+    def _trace(
         self,
         compiled: CompiledSet,
         rows: Sequence[int],
@@ -200,23 +223,15 @@ class Steerer:
         lost_ERT: Tensor,
         positions_RT: Tensor,
     ) -> None:
-        """Add this call to the tally of every edit, on the device."""
+        """Note what every edit did in this call, on the device."""
         for edit in dict.fromkeys(compiled.edits):  # an edit that stands twice in a set acts at each position once more
             number = compiled.edits.index(edit)
-            where_RT = acting_ERT[number]
-            read_RT = _read(self.sae, y_RTD, edit.latent)
-            sums = (
-                where_RT.sum(1),
-                torch.where(where_RT, activation_of(f, edit.latent), 0.0).sum(1),
-                torch.where(where_RT, read_RT, 0.0).sum(1),
-                lost_ERT[number].sum(1),
-                torch.where(where_RT, positions_RT, FAR).amin(1),
-                torch.where(where_RT, positions_RT, -1).amax(1),
-            )
-            for place, row in enumerate(rows):
-                new = Tally(*(values[place] for values in sums))
-                old = self.tallies.get((row, edit))
-                self.tallies[row, edit] = new if old is None else _merged(old, new)
+            where_RT = acting_ERT[number].float()
+            before_RT, after_RT = activation_of(f, edit.latent), _read(self.sae, y_RTD, edit.latent)
+            columns = positions_RT, where_RT, where_RT * before_RT, where_RT * after_RT, lost_ERT[number]
+            trace_R5T = torch.stack([column.float() for column in columns], 1)
+            for trace_5T, row in zip(trace_R5T, rows, strict=True):
+                self.traces.setdefault((row, edit), []).append(trace_5T)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:
         if not self.special:
@@ -236,13 +251,3 @@ def _read(sae: SAE, x_RTD: Tensor, latent: int) -> Tensor:
     weight_D = sae.W_enc_FD[latent].float()
     return ((x_RTD - sae.b_dec_D.float()) @ weight_D + sae.b_enc_F[latent].float()).relu()
 
-
-def _merged(old: Tally, new: Tally) -> Tally:
-    return Tally(
-        old.positions + new.positions,
-        old.before + new.before,
-        old.after + new.after,
-        old.lost + new.lost,
-        torch.minimum(old.first, new.first),
-        torch.maximum(old.last, new.last),
-    )

@@ -1,20 +1,15 @@
 """`Engine`: the one place where a chat's model meets its SAE.
 
 It owns the model, the tokenizer, the SAE, the label index and a lock, and turns the generator's steps into the plain
-events of `steer/events.py`. Edits are resolved here: the written strength meets the SAE's statistics and becomes a raw
-number. Nothing above this file sees a tensor.
-
-A token's event waits for the forward pass that reads the token, because that pass tells which latents are active on it.
+events of `steer/events.py` (how, is told in `steer/replies.py`). Nothing above this file sees a tensor.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,19 +17,20 @@ from labels.index import Feature, LabelIndex
 from llama_3.chat_format import ChatFormat, Message
 from llama_3.checkpoint import load_model
 from llama_3.config import read_generation_defaults
-from llama_3.generate import Step, stream_steps
+from llama_3.generate import StopText
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from sae.checkpoint import load_sae
 from sae.intervene import CompiledSet, Steerer
-from sae.model import SAE, Latents
+from sae.model import SAE
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
 from steer.device import choose_device, choose_dtype
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
-from steer.events import Alternative, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
+from steer.events import Event, Finished, TokenEvent
+from steer.replies import Held, Replies, Row, hits_by_row, prompt_events
 from steer.resolve import Resolver, check_labels, check_pair
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
@@ -50,23 +46,6 @@ class Completion:
     tokens: tuple[int, ...]
     events: tuple[TokenEvent, ...]
     finished: Finished
-
-
-@dataclass(slots=True)
-class _Row:
-    """What a stream keeps of one row."""
-
-    prompt: list[int]
-    dropped: int
-    decoder: StreamDecoder
-    pending: Step | None = None
-    length: int = 0
-    """Tokens of the reply whose event has left."""
-    finish: Literal["stop", "length", "cancelled"] = "cancelled"
-    steps: int = 0
-    done: bool = False
-    sets: list[SteeringSet] = field(default_factory=list)
-    """Every set that was in force, for the report's wording."""
 
 
 class Engine:
@@ -86,6 +65,7 @@ class Engine:
         self.chat_format = ChatFormat(tokenizer)
         self._defaults = defaults or Sampling()
         self._lock = threading.Lock()
+        self._held: Held | None = None
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
         if sae and self._hook:
             check_pair(model, sae, self._hook)
@@ -163,96 +143,57 @@ class Engine:
         """
         if max_tokens < 1:
             raise SteerError(f"a reply of {max_tokens} tokens is none", "ask for at least 1")
-        stop_flag = stop or threading.Event()
-        rows = [self._read(prompt, max_tokens) for prompt in prompts]
-        sets = self._sets(steering, len(rows))
-        for one in set(sets):
+        rows = [self._read(prompt, max_tokens, stop_strings) for prompt in prompts]
+        for one in set(self._sets(steering, len(rows))):
             self.compile(one)
         drawn = [self._defaults] * len(rows) if sampling is None else sampling
         each = [drawn] * len(rows) if isinstance(drawn, Sampling) else list(drawn)
-        token_sampling = [TokenSampling(s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) for s in each]
         assert len(rows) == len(seeds) == len(each), "one seed and one sampling per row"
-        return self._run(rows, steering, token_sampling, list(seeds), max_tokens, stop_flag, hits, alternatives)
+        token_sampling = [TokenSampling(**asdict(one)) for one in each]
+        replies = Replies(
+            self.model,
+            self.tokenizer,
+            self.sae,
+            self._hook,
+            self._resolver,
+            self._stop_ids,
+            rows,
+            lambda: self._sets(steering, len(rows)),
+            hits,
+            alternatives,
+        )
+        return self._run(
+            replies, reuse, token_sampling, list(seeds), max_tokens, stop or threading.Event(), stop_strings
+        )
 
     def _run(
         self,
-        rows: list[_Row],
-        steering: Steering,
+        replies: Replies,
+        reuse: bool,
         sampling: list[TokenSampling],
         seeds: list[int],
         max_tokens: int,
         stop: threading.Event,
-        hits: bool,
-        alternatives: int,
+        stop_strings: Sequence[str],
     ) -> Iterator[Event]:
         with self._lock:
-            hooks, steerer = Hooks(), None
-            if self.sae is not None and self._hook is not None:
-                steerer = Steerer(self.sae, self.tokenizer.special_ids, recording=hits)
-                hooks.add(self._hook, steerer)
-            reading = hits and steerer is not None
-            started = time.perf_counter()
-            passes = stream_steps(
-                self.model,
-                [row.prompt for row in rows],
-                sampling=sampling,
-                seeds=seeds,
-                max_tokens=max_tokens,
-                stop_ids=self._stop_ids,
-                hooks=hooks,
-                stop=stop,
-                alternatives=alternatives,
-                read_last=reading,
-            )
-            first = True
-            while True:
-                sets = self._sets(steering, len(rows))
-                if steerer is not None:
-                    # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
-                    steerer.sets = {
-                        number: self.compile(one) for number, one in enumerate(sets) if rows[number].finish != "length"
-                    }
-                live = [number for number, row in enumerate(rows) if not row.done]
-                writing = [number for number in live if rows[number].finish != "length"]
-                for number in live:
-                    if not rows[number].sets or rows[number].sets[-1] is not sets[number]:
-                        rows[number].sets.append(sets[number])
-                steps = next(passes, None)
-                if steps is None:
-                    break
-                record = self._hits_by_row(steerer) if reading and steerer else {}
-                for number in writing:
-                    rows[number].steps += 1
-                if first:
-                    first = False
-                    for number, row in enumerate(rows):
-                        yield self._prompt_read(number, row, record.get(number))
-                for number, row_hits in record.items():
-                    row = rows[number]
-                    if row.pending is not None:
-                        yield self._token_event(number, row, row_hits[-1])
-                for step in steps:
-                    row = rows[step.row]
-                    if step.finish == "stop":
-                        row.finish, row.done = "stop", True
-                    else:
-                        row.pending = step
-                        if step.finish == "length":
-                            row.finish = "length"
-                        if not reading:
-                            yield self._token_event(step.row, row, ())
-                            row.done = step.finish is not None
-                for number in live:
-                    row = rows[number]
-                    row.done |= reading and row.finish == "length" and row.pending is None
-                    if row.done:
-                        yield self._finished(number, row, seeds[number], steerer, started)
-            for number, row in enumerate(rows):
-                if not row.done:
-                    if row.pending is not None:
-                        yield self._token_event(number, row, ())
-                    row.done = True
-                    yield self._finished(number, row, seeds[number], steerer, started)
+            if reuse and (replies.recording or self.sae is None):
+                [row] = replies.rows
+                self._held = replies.held = self._room(len(row.prompt) + max_tokens)
+            yield from replies.write(sampling, seeds, max_tokens, stop, stop_strings)
+
+    def _room(self, tokens: int) -> Held:
+        """What is held of the last chat, with room for so many tokens; it grows by half at least."""
+        context, held = self.model.config.max_context, self._held
+        tokens = min(tokens, context)
+        if held is None:
+            cache = self.model.new_cache(1, tokens)
+            if self._hook is not None:
+                cache.keep(self._hook)
+            return Held(cache)
+        if held.cache.capacity < tokens:
+            held.cache = held.cache.fork(0, 1, min(context, max(tokens, held.cache.capacity * 3 // 2)))
+        return held
 
     def complete(
         self,
@@ -284,12 +225,12 @@ class Engine:
         row = self._read(ask, 0)
         with self._lock, torch.inference_mode():
             tokens_BT = torch.tensor([row.prompt], device=self.model.unembedding_VD.device)
-            resid_BTD = self.model.forward(tokens_BT, stop_after=self._hook)
-            latents = self.sae.encode(resid_BTD.float())
-        readable = [i > 0 and token not in self.tokenizer.special_ids for i, token in enumerate(row.prompt)]
-        return self._prompt_read(0, row, _to_hits(latents, 0, readable)).tokens
+            steerer, hooks = Steerer(self.sae, self.tokenizer.special_ids, recording=True), Hooks()
+            hooks.add(self._hook, steerer)
+            self.model.forward(tokens_BT, hooks=hooks, stop_after=self._hook)
+        return prompt_events(self.tokenizer, 0, row.prompt, hits_by_row(steerer.records[0])[0])
 
-    def _read(self, prompt: Prompt, max_tokens: int) -> _Row:
+    def _read(self, prompt: Prompt, max_tokens: int, stop_strings: Sequence[str] = ()) -> Row:
         """Token ids of a prompt; the oldest messages are left out where they do not fit beside a reply."""
         context = self.model.config.max_context
         if prompt.text is None:
@@ -304,7 +245,7 @@ class Engine:
             )
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
-        return _Row(tokens, dropped, StreamDecoder(self.tokenizer))
+        return Row(tokens, dropped, StreamDecoder(self.tokenizer), StopText(stop_strings))
 
     def _sets(self, steering: Steering, rows: int) -> list[SteeringSet]:
         if callable(steering):
@@ -349,69 +290,6 @@ class Engine:
     def labels(self, latents: Sequence[int]) -> dict[int, str]:
         return self.index.labels_of(latents) if self.index else {}
 
-    # -- events -----------------------------------------------------------------------------------------------------
-
-    def _hits_by_row(self, steerer: Steerer) -> dict[int, list[tuple[LatentHit, ...]]]:
-        """The hits of the last forward pass: row -> one tuple per token it read (padding left out)."""
-        record = steerer.record
-        assert record is not None
-        lengths = (record.positions_BT >= 0).sum(1).tolist()
-        readable = record.readable_BT.tolist()
-        return {
-            row: _to_hits(record.latents, place, readable[place][: lengths[place]])
-            for place, row in enumerate(record.rows)
-        }
-
-    def _prompt_read(self, number: int, row: _Row, hits: Sequence[tuple[LatentHit, ...]] | None) -> PromptRead:
-        decoder, special = StreamDecoder(self.tokenizer), self.tokenizer.special_ids
-        events = []
-        for index, token in enumerate(row.prompt):
-            is_special = token in special
-            text = self.tokenizer.token_text(token) if is_special else decoder.push(token)
-            events.append(TokenEvent(number, index, token, text, is_special, hits=hits[index] if hits else ()))
-        return PromptRead(number, tuple(events), row.dropped)
-
-    def _token_event(self, number: int, row: _Row, hits: tuple[LatentHit, ...]) -> TokenEvent:
-        step = row.pending
-        assert step is not None
-        row.pending = None
-        index = len(row.prompt) + row.length
-        row.length += 1
-        special = step.token in self.tokenizer.special_ids
-        others = tuple(
-            Alternative(self.tokenizer.token_text(a.token), a.probability)
-            for a in step.alternatives
-            if a.token != step.token
-        )
-        text = "" if special else row.decoder.push(step.token)
-        return TokenEvent(number, index, step.token, text, special, step.logprob, step.entropy, others, hits)
-
-    def _finished(self, number: int, row: _Row, seed: int, steerer: Steerer | None, started: float) -> Finished:
-        seconds = time.perf_counter() - started
-        return Finished(
-            number,
-            row.finish,
-            seed,
-            self._report(number, row, steerer),
-            row.length / seconds if seconds > 0 else 0.0,
-            row.decoder.flush(),
-        )
-
-    def _report(self, number: int, row: _Row, steerer: Steerer | None) -> Report:
-        if steerer is None:
-            return Report(row.steps)
-        written = {self._resolver.edit(edit): str(edit) for one in row.sets for edit in one.live}
-        tallies = {edit: tally for (of_row, edit), tally in steerer.tallies.items() if of_row == number}
-        edits, spans = [], []
-        for edit, tally in tallies.items():
-            count = int(tally.positions)
-            before, after = (float(tally.before) / count, float(tally.after) / count) if count else (None, None)
-            edits.append(EditReport(written[edit], count, before, after, int(tally.lost)))
-            if count:
-                spans.append((int(tally.first), int(tally.last)))
-        first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (None, None)
-        return Report(row.steps, steerer.applied.get(number, 0), tuple(edits), first, last)
-
 
 def _card(
     feature: Feature,
@@ -421,14 +299,3 @@ def _card(
 ) -> FeatureCard:
     facts = feature.max_activation, feature.mean_on, feature.density
     return FeatureCard(feature.latent, feature.label, feature.author, *facts, promotes, suppresses, examples)
-
-
-def _to_hits(latents: Latents, row: int, readable: Sequence[bool]) -> list[tuple[LatentHit, ...]]:
-    """Per token of one row, its active latents, strongest first."""
-    count = len(readable)
-    values_TK, order = latents.values[row, :count].float().sort(-1, descending=True)
-    indices_TK = latents.indices[row, :count].gather(-1, order)
-    return [
-        tuple(LatentHit(i, v) for i, v in zip(indices, values, strict=True) if v > 0) if reads else ()
-        for indices, values, reads in zip(indices_TK.tolist(), values_TK.tolist(), readable, strict=True)
-    ]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.intervene import CompiledEdit, CompiledSet, Steerer
+from sae.intervene import CompiledEdit, CompiledSet, Steerer, Tally
 from sae.model import SAE, SAEConfig
 
 D, F, K, SPECIAL = 12, 40, 5, 90
@@ -113,7 +113,8 @@ def test_an_empty_set_returns_the_very_same_tensor(dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, D).to(dtype)
     steerer = Steerer(make_sae(), recording=True, sets={0: CompiledSet(), 1: CompiledSet()})
     assert steerer(x, place(2, 4)) is x
-    assert steerer.record is not None and steerer.record.latents.values.shape == (2, 4, K)
+    [record] = steerer.records
+    assert record.latents.values.shape == (2, 4, K)
 
 
 def test_first_token_specials_and_padding_keep_their_bits() -> None:
@@ -160,11 +161,11 @@ def test_tallies_count_positions_means_and_lost_races() -> None:
     later = place(1, 2)
     later.positions_BT += 4
     steerer(x[:, 4:], later)
-    ablate, bias = steerer.tallies[0, edits[0]], steerer.tallies[0, edits[1]]
+    ablate, bias = (Tally.of(steerer.traces[0, edit]) for edit in edits)
     active = torch.where(f.indices[0] == edits[0].latent, f.values[0], 0.0).sum(-1)[1:]
-    assert (int(ablate.positions), int(ablate.first), int(ablate.last)) == (5, 1, 5)
-    assert float(ablate.before) == pytest.approx(float(active.sum()), rel=1e-5)
-    assert int(bias.lost) == 5
+    assert (ablate.positions, ablate.first, ablate.last) == (5, 1, 5)
+    assert ablate.before == pytest.approx(float(active.mean()), rel=1e-5)
+    assert bias.lost == 5
     assert steerer.applied == {0: 2}
 
 
