@@ -1,48 +1,195 @@
-"""Weights from a Hugging Face folder: one `model.safetensors`, or shards with an index.
+"""Weights from every layout people keep them in: Hugging Face folders, Meta folders, GGUF files.
 
-The table of names lives here. Files are memory-mapped; every tensor is checked against the config before it is used,
-and only those that lie fused in the model (query, key, value; gate, up) are copied.
+The loader speaks Hugging Face's names; the table of the other names lives here, with the order of query and key rows.
+Meta and llama.cpp rotate neighbours (2i, 2i+1), Hugging Face and `model.py` halves (i, i + N/2): rows of heads move.
+Each parameter is allocated once, in its final dtype on its device, and filled in blocks of rows, so that loading takes
+little more memory than the model. Every shape is compared with the config first, every number found finite.
+Suffixes: N head dim, H heads, D d_model.
 """
 
 import hashlib
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llama_3.config import ModelConfig, config_error, read_config, read_json
+from llama_3 import gguf_file, huggingface, meta
+from llama_3.config import Layout, ModelConfig, config_error, described, find_layout, read_config
 from llama_3.model import Transformer
+
+BLOCK_NUMBERS = 4 << 20
+"""Weights moved at a time: 16 MiB in float32."""
+
+NAMES = {
+    "model.embed_tokens": ("tok_embeddings", "token_embd"),
+    "model.norm": ("norm", "output_norm"),
+    "lm_head": ("output", "output"),
+    "input_layernorm": ("attention_norm", "attn_norm"),
+    "self_attn.q_proj": ("attention.wq", "attn_q"),
+    "self_attn.k_proj": ("attention.wk", "attn_k"),
+    "self_attn.v_proj": ("attention.wv", "attn_v"),
+    "self_attn.o_proj": ("attention.wo", "attn_output"),
+    "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
+    "mlp.gate_proj": ("feed_forward.w1", "ffn_gate"),
+    "mlp.up_proj": ("feed_forward.w3", "ffn_up"),
+    "mlp.down_proj": ("feed_forward.w2", "ffn_down"),
+}
+"""What Meta and llama.cpp call the tensors of Hugging Face, without `model.layers.N.` and `.weight`."""
+
+IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")
+"""RoPE frequencies that some files carry: they follow from the config."""
+
+
+def name_in(layout: Layout, name: str) -> str:
+    """The name that `layout` gives to a tensor of Hugging Face."""
+    if layout in ("safetensors", "bin"):
+        return name
+    column, prefix = (0, "layers") if layout == "meta" else (1, "blk")
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("model.layers."):
+        return f"{NAMES[stem][column]}.weight"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"{prefix}.{layer}.{NAMES[part][column]}.weight"
+
+
+def pairs_to_halves(w_HND: Tensor, head_dim: int) -> Tensor:
+    """Rows of whole heads (H*N, D), stored for rotating pairs, in the order for rotating halves."""
+    heads = w_HND.view(-1, head_dim // 2, 2, w_HND.shape[-1])
+    return heads.transpose(1, 2).reshape(w_HND.shape)
+
+
+def halves_to_pairs(w_HND: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `pairs_to_halves`."""
+    heads = w_HND.view(-1, 2, head_dim // 2, w_HND.shape[-1])
+    return heads.transpose(1, 2).reshape(w_HND.shape)
+
+
+class Weights(Protocol):
+    """The tensors of a checkpoint under its layout's names, rows first."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in; for quantised ones, the dtype to compute in."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) in the stored dtype or float32, good until the next call."""
+        ...
+
+
+class Checkpoint:
+    """An open checkpoint: its weights by Hugging Face name, in Hugging Face order."""
+
+    def __init__(self, layout: Layout, where: Path, config: ModelConfig, weights: Weights) -> None:
+        self.layout, self.where, self.config, self.weights = layout, where, config, weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `dtype="auto"` means: the dtype of the embedding."""
+        name = name_in(self.layout, "model.embed_tokens.weight")
+        if name not in self.weights.shapes:
+            raise config_error(f"the weights in {self.where} lack {name}")
+        return self.weights.dtype(name)
+
+    def check(self) -> None:
+        """ValueError unless the file holds the config's tensors in the config's shapes, and no others."""
+        shapes, config = self.weights.shapes, self.config
+        expected = {name_in(self.layout, name): shape for name, shape in tensor_shapes(config).items()}
+        if missing := sorted(expected.keys() - shapes.keys()):
+            raise config_error(f"the weights in {self.where} lack {_named(missing)}")
+        extra = (name for name in shapes.keys() - expected.keys() if not name.endswith(IGNORED))
+        head = name_in(self.layout, "lm_head.weight")
+        if surplus := sorted(name for name in extra if not (config.tied and name == head)):
+            raise config_error(f"the weights in {self.where} hold {_named(surplus)}, which this Llama has no place for")
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                source = {"meta": "params.json", "gguf": "its metadata"}.get(self.layout, "config.json")
+                raise config_error(f"{name} in {self.where} has shape {shapes[name]} where {source} asks for {shape}")
+
+    def read(self, name: str, into: Tensor) -> None:
+        """Fill `into`, on any device, of any dtype, with a tensor of Hugging Face; ValueError for NaN or infinity."""
+        own, head_dim = name_in(self.layout, name), self.config.head_dim
+        paired = self.layout in ("meta", "gguf") and name.endswith(("q_proj.weight", "k_proj.weight"))
+        step = max(1, BLOCK_NUMBERS // max(1, prod(into.shape[1:])))
+        if paired:
+            step = max(step // head_dim, 1) * head_dim
+        for start in range(0, len(into), step):
+            part = into[start : start + step]
+            rows = self.weights.rows(own, start, start + len(part))
+            part.copy_(pairs_to_halves(rows, head_dim) if paired else rows)
+            # One sum finds what is not finite; where it merely overflowed, each number is asked.
+            if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():
+                raise config_error(
+                    f"{own} in {self.where} holds numbers that are NaN or infinite in {part.dtype}",
+                    "use bfloat16 or float32" if part.dtype == torch.float16 else "download the file again",
+                )
+
+
+@contextmanager
+def open_checkpoint(path: Path | str) -> Iterator[Checkpoint]:
+    """The checkpoint at `path`, open for reading; ValueError or OSError when it is none, or damaged."""
+    config, (layout, where) = read_config(path), find_layout(path)
+    with ExitStack() as stack:
+        weights: Weights
+        if layout == "gguf":
+            weights = gguf_file.GGUFWeights(where, stack)
+        elif layout == "meta":
+            weights = meta.MetaWeights(weight_files(path), config.d_model, stack)
+        else:
+            weights = huggingface.HuggingFaceWeights(weight_files(path), stack)
+        yield Checkpoint(layout, where, config, weights)
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    path: Path | str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    finish: Callable[[nn.Module, int], None] | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face folder, weights frozen; `dtype="auto"` keeps the file's.
+    """The model at `path` (a folder, or a `.gguf` file), weights frozen; `dtype="auto"` keeps the file's.
 
+    `finish(block, layer)` is called as soon as a block's weights are in place, before the next block is read.
     OSError or ValueError, one sentence each: no folder, no weights, not a Llama, a file cut short, a tensor missing,
-    left over or of the wrong shape.
+    left over, of the wrong shape or not finite.
     """
-    folder = Path(folder)
-    config = read_config(folder)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise config_error(f"there is no dtype {dtype!r}", "use auto, bfloat16, float16 or float32")
-    with ExitStack() as stack:
-        where = _open_weights(folder, stack)
-        _check_tensors(where, config, folder)
-        first = where["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()
-        if dtype == "auto":
-            dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(first, torch.float32)
-        elif isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check()
+        if isinstance(dtype, str):
+            dtype = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
+        shapes = tensor_shapes(checkpoint.config)
         with torch.device("meta"):
-            model = Transformer(config)
-        for name, sources in parameter_sources(config).items():
-            parts = [where[source].get_tensor(source).to(device, dtype) for source in sources]
-            _assign(model, name, parts[0] if len(parts) == 1 else torch.cat(parts))
+            model = Transformer(checkpoint.config)
+        sources = parameter_sources(checkpoint.config)
+        for part, names in groupby(sources, lambda name: ".".join(name.split(".")[:2])):
+            for name in names:
+                heights = [shapes[source][0] for source in sources[name]]
+                weight = torch.empty((sum(heights), *shapes[sources[name][0]][1:]), dtype=dtype, device=device)
+                for source, rows in zip(sources[name], torch.split(weight, heights), strict=True):
+                    checkpoint.read(source, rows)
+                _assign(model, name, weight)
+            if finish is not None and part.startswith("blocks."):
+                finish(model.get_submodule(part), int(part.removeprefix("blocks.")))
     return model.eval()
+
+
+def stored_dtype(path: Path | str) -> torch.dtype:
+    """The dtype that `dtype="auto"` loads: the file's, bfloat16 for quantised files. Reads headers only."""
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.dtype
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Weights of a model, a tied head counted once."""
+    return sum(prod(shape) for shape in tensor_shapes(config).values())
 
 
 def parameter_sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -88,28 +235,18 @@ def state_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def weight_files(folder: Path | str) -> list[Path]:
-    """The safetensors files of a model folder, in order; FileNotFoundError when there are none."""
-    folder = Path(folder)
-    index = read_json(folder / "model.safetensors.index.json")
-    if index is not None:
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise config_error(f"{folder / 'model.safetensors.index.json'} has no weight_map")
-        # An index is somebody else's file: it may only name files that lie beside it.
-        files = [folder / Path(name).name for name in sorted(set(map(str, shards.values())))]
-    else:
-        files = [folder / "model.safetensors"]
-    for path in files:
-        if not path.is_file():
-            error = FileNotFoundError(f"there is no {path.name} in {folder}")
-            error.hint = "download the model's .safetensors files completely"  # type: ignore[attr-defined]
-            raise error
-    return files
+def weight_files(path: Path | str) -> list[Path]:
+    """The files that hold the weights at `path`, in order; FileNotFoundError names one that is missing."""
+    layout, where = find_layout(path)
+    if layout == "gguf":
+        return [where]
+    if layout == "meta":
+        return meta.weight_files(where)
+    return huggingface.weight_files(where, "model.safetensors" if layout == "safetensors" else "pytorch_model.bin")
 
 
 def fingerprint(folder: Path | str) -> str:
-    """sha256 (hex) over names and contents of the folder's weight files: what a manifest says it was made with."""
+    """sha256 (hex) over names and contents of the weight files: what a manifest says it was made with."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         digest.update(path.name.encode())
@@ -119,37 +256,8 @@ def fingerprint(folder: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor."""
-    where: dict[str, Any] = {}
-    for path in weight_files(folder):
-        try:
-            file = stack.enter_context(safe_open(str(path), "pt"))
-        except SafetensorError as error:
-            size = path.stat().st_size
-            raise config_error(
-                f"{path} is damaged or cut short ({size:,} bytes): {error}", "download the file again"
-            ) from error
-        where.update(dict.fromkeys(file.keys(), file))
-    return where
-
-
-def _check_tensors(where: dict[str, Any], config: ModelConfig, folder: Path) -> None:
-    expected = tensor_shapes(config)
-    if missing := sorted(expected.keys() - where.keys()):
-        raise config_error(f"the weights in {folder} lack {_named(missing)}")
-    # A tied model may carry its head a second time, and old files their RoPE frequencies.
-    extra = (name for name in where.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    if surplus := sorted(name for name in extra if not (config.tied and name == "lm_head.weight")):
-        raise config_error(f"the weights in {folder} hold {_named(surplus)}, which this Llama has no place for")
-    for name, shape in expected.items():
-        found = tuple(where[name].get_slice(name).get_shape())
-        if found != shape:
-            raise config_error(f"{name} in {folder} has shape {found} where config.json asks for {shape}")
-
-
 def _named(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+    return described(names[0]) + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
 def _assign(model: nn.Module, name: str, weight: Tensor) -> None:

@@ -1,14 +1,22 @@
-"""What a Llama is made of, read from a Hugging Face folder.
+"""What a Llama is made of, and which of the layouts people keep checkpoints in a path holds.
 
-`read_config` turns `config.json` into numbers the model needs and refuses, in one sentence, every variant whose
-arithmetic differs from Llama 3's (other architectures, other RoPE scalings, biases). Absent keys take the values
-transformers gives them. Token ids that end a reply are the union of `config.json` and `generation_config.json`.
+`find_layout` looks at file names only: Hugging Face safetensors, then `pytorch_model.bin`, then Meta's `params.json` and
+`consolidated.NN.pth` (also inside `original/`), then one `.gguf` file. `read_config` turns the numbers that lie beside
+the weights into a `ModelConfig` and refuses, in one sentence, every variant whose arithmetic differs from Llama 3's.
+How each layout is read stands in `huggingface.py`, `meta.py` and `gguf_file.py`; they are imported on use, so that this
+file stays free of torch.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Layout = Literal["safetensors", "bin", "meta", "gguf"]
+
+MOST_LAYERS = 10_000
+"""A config that asks for more is damaged; Llama 3.1 405B has 126."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,14 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor < math.inf):
+            raise config_error(
+                f"RoPE scaling by {self.factor} from {self.low_freq_factor} to {self.high_freq_factor} is not possible"
+            )
+        if self.original_context < 1:
+            raise config_error(f"the original context of the RoPE scaling is {self.original_context} tokens")
 
 
 @dataclass(frozen=True)
@@ -42,16 +58,25 @@ class ModelConfig:
     bos_id: int
     stop_ids: tuple[int, ...]
     rope_factors: tuple[float, ...] | None = None
-    """What each RoPE frequency (head_dim / 2 of them) is divided by, where a file lists them; replaces the scaling."""
+    """(head_dim/2,): what each RoPE frequency is divided by, where no `rope_scaling` expresses what a file says."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_context"):
             if getattr(self, name) < 1:
                 raise config_error(f"{name} is {getattr(self, name)} and must be at least 1")
+        if self.n_layers > MOST_LAYERS:
+            raise config_error(f"n_layers is {self.n_layers} and must be at most {MOST_LAYERS}")
         if self.n_heads % self.n_kv_heads:
             raise config_error(f"{self.n_heads} attention heads cannot share {self.n_kv_heads} key-value heads evenly")
         if self.head_dim % 2:
             raise config_error(f"head_dim is {self.head_dim} and RoPE needs an even number")
+        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < math.inf):
+            raise config_error(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be finite and positive")
+        factors = self.rope_factors
+        if factors is not None and (len(factors) != self.head_dim // 2 or not all(0 < f < math.inf for f in factors)):
+            raise config_error(
+                f"{len(factors)} RoPE factors do not fit head_dim {self.head_dim}, or one is not positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,81 +94,68 @@ def config_error(sentence: str, hint: str | None = None) -> ValueError:
     return error
 
 
+def missing_file(sentence: str, hint: str) -> FileNotFoundError:
+    """The error for a file or folder that is not there."""
+    error = FileNotFoundError(sentence)
+    error.hint = hint  # type: ignore[attr-defined]  # as above
+    return error
+
+
+def find_layout(path: Path | str) -> tuple[Layout, Path]:
+    """Which layout the weights at `path` have, and the folder (GGUF: the file) they lie in.
+
+    FileNotFoundError when there are none, ValueError for several `.gguf` files.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise config_error(f"{path} is a file and no .gguf", "pass the folder that holds it")
+        return "gguf", path
+    if not path.is_dir():
+        raise missing_file(f"there is no model folder {path}", "pass a folder with weights in it, or a .gguf file")
+    for layout, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        if any((path / file).exists() for file in (f"{name}.index.json", name)):
+            return layout, path  # type: ignore[return-value]  # mypy widens the literals of the tuple
+    for folder in (path, path / "original"):
+        if (folder / "params.json").exists() or next(folder.glob("consolidated.*.pth"), None):
+            return "meta", folder
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        parts = (
+            "merge the parts with `llama-gguf-split --merge`" if "-of-" in files[0].name else "pass one of the files"
+        )
+        raise config_error(f"{path} holds {len(files)} .gguf files, {files[0].name} and others", parts)
+    if files:
+        return "gguf", files[0]
+    raise missing_file(
+        f"there is no model.safetensors in {path}, nor pytorch_model.bin, consolidated.00.pth or a .gguf file",
+        "download the model's weights completely",
+    )
+
+
 def read_config(folder: Path | str) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face model folder; ValueError or OSError names what is missing or unsupported."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    raw = read_json(path)
-    if raw is None:
-        if not folder.is_dir():
-            error = FileNotFoundError(f"there is no model folder {folder}")
-        else:
-            error = FileNotFoundError(f"there is no config.json in {folder}")
-        error.hint = "pass a folder in Hugging Face layout: config.json, model.safetensors, tokenizer.model"  # type: ignore[attr-defined]
-        raise error
-    _refuse_other_models(raw, path)
-    try:
-        return _model_config(raw, path, folder)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        if hasattr(error, "hint"):  # already a sentence of ours
-            raise
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else f"a value has the wrong type ({error})"
-        raise config_error(f"{path} does not describe a Llama: {what}") from error
+    """The `ModelConfig` of a model folder or `.gguf` file; no weights are read beyond file headers.
 
+    ValueError or OSError names, in one sentence, what is missing or unsupported.
+    """
+    layout, where = find_layout(folder)
+    if layout == "meta":
+        from llama_3 import meta
 
-def _model_config(raw: dict[str, Any], path: Path, folder: Path) -> ModelConfig:
-    n_heads = int(raw["num_attention_heads"])
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    stop_ids = [*_ids(raw.get("eos_token_id")), *_ids((_generation_config(folder)).get("eos_token_id"))]
-    return ModelConfig(
-        vocab_size=int(raw["vocab_size"]),
-        d_model=int(raw["hidden_size"]),
-        n_layers=int(raw["num_hidden_layers"]),
-        n_heads=n_heads,
-        n_kv_heads=int(raw.get("num_key_value_heads") or n_heads),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // n_heads),
-        d_ff=int(raw["intermediate_size"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(rope, path),
-        max_context=int(raw.get("max_position_embeddings", 2048)),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        bos_id=next(iter(_ids(raw.get("bos_token_id"))), 1),
-        stop_ids=tuple(dict.fromkeys(stop_ids)),
-    )
+        return meta.read_config(where)
+    if layout == "gguf":
+        from llama_3 import gguf_file
 
+        return gguf_file.read_config(where)
+    from llama_3 import huggingface
 
-def _refuse_other_models(raw: dict[str, Any], path: Path) -> None:
-    kinds = raw.get("architectures")
-    kind = kinds[0] if isinstance(kinds, list) and kinds else raw.get("model_type")
-    if kind not in ("LlamaForCausalLM", "llama"):
-        raise config_error(f"{path} describes {kind}, and only Llama models (LlamaForCausalLM) are supported")
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise config_error(f"{path} sets {key}, and Llama models with biases are not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise config_error(f"{path} has hidden_act {raw['hidden_act']!r}, and only 'silu' is supported")
-    if "quantization_config" in raw:
-        raise config_error(f"{path} describes quantised weights", "use the folder with the original bf16 weights")
-
-
-def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise config_error(f"{path} asks for RoPE scaling {kind!r}, and only 'llama3' is supported")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
+    return huggingface.read_config(where)
 
 
 def read_generation_defaults(folder: Path | str) -> GenerationDefaults:
     """Temperature and top-p of `generation_config.json`, else 0.7 and 0.95; greedy where it says `do_sample: false`."""
-    raw = _generation_config(Path(folder))
+    path = Path(folder) / "generation_config.json"
+    raw = read_json(path) or {}
     plain = GenerationDefaults()
     temperature, top_p = raw.get("temperature"), raw.get("top_p")
     if raw.get("do_sample") is False:
@@ -153,17 +165,8 @@ def read_generation_defaults(folder: Path | str) -> GenerationDefaults:
             plain.temperature if temperature is None else float(temperature),
             plain.top_p if top_p is None else float(top_p),
         )
-    except (TypeError, ValueError) as error:
-        path = Path(folder) / "generation_config.json"
+    except (TypeError, ValueError, OverflowError) as error:
         raise config_error(f"{path} has a temperature or top_p that is no number: {error}") from error
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "generation_config.json") or {}
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -172,8 +175,33 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number of 5,000 digits
         raise config_error(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise config_error(f"{path} holds a {type(raw).__name__} where a JSON object was expected")
     return raw
+
+
+def token_ids(value: Any) -> list[int]:
+    """Token ids as JSON holds them: a number, a list of numbers, or nothing; TypeError for anything else."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(each) is not int for each in ids):
+        raise TypeError(f"{value!r:.60} is no token id")
+    return ids
+
+
+def described(value: object) -> str:
+    """`value` from somebody's file as part of a sentence: on one line, printable, short."""
+    return ascii(str(value)[:80])[1:-1]
+
+
+def parsing_error(path: Path, error: Exception) -> ValueError:
+    """The sentence for a config that lacks a key or holds a value of the wrong type; our own sentences pass through."""
+    if isinstance(error, ValueError) and hasattr(error, "hint"):
+        return error
+    what = (
+        f"{error.args[0]} is missing"
+        if isinstance(error, KeyError)
+        else f"a value has the wrong type ({described(error)})"
+    )
+    return config_error(f"{path} does not describe a Llama: {what}")
