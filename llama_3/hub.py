@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -191,18 +193,22 @@ def _whole_model(snapshot: Path, file: str | None) -> Path | None:
     """The model in a snapshot when all its weights and a tokenizer are there; a link to nowhere is not there."""
     if file is not None:
         return snapshot / file if (snapshot / file).is_file() else None
-    small = _all_there(snapshot, ["config.json"]) and any((snapshot / name).is_file() for name in TOKENIZERS)
+    small = _all_there(snapshot, ["config.json"]) and _has_tokenizer(snapshot)
     for stem, suffix in INDEXED:
         index = snapshot / f"{stem}.{suffix}.index.json"
         weights = _indexed_names(index) if index.exists() else [f"{stem}.{suffix}"]
         if small and weights and _all_there(snapshot, weights):
             return snapshot
     for folder in (snapshot / "original", snapshot):
-        if _all_there(folder, ["params.json", "tokenizer.model", "consolidated.00.pth"]):
+        if _all_there(folder, ["params.json", "consolidated.00.pth"]) and _has_tokenizer(folder, snapshot):
             broken = [link for link in folder.glob("consolidated.*.pth") if not link.is_file()]
-            return None if broken else folder
+            return None if broken else snapshot
     ggufs = [path for path in snapshot.rglob("*.gguf") if path.is_file()]
     return ggufs[0] if len(ggufs) == 1 and not (snapshot / "config.json").exists() else None
+
+
+def _has_tokenizer(*folders: Path) -> bool:
+    return any((folder / name).is_file() for folder in folders for name in TOKENIZERS)
 
 
 def _indexed_names(index: Path) -> list[str]:
@@ -244,17 +250,30 @@ def _download(wanted: HubId) -> Path:
         raise _explained(OSError, f"the Hub does not say which commit {wanted} is", "check HF_ENDPOINT")
     snapshot = _repo_folder(wanted) / "snapshots" / commit
     _check_space(wanted, snapshot, sum(sizes[name] for name in files if not (snapshot / name).is_file()))
-    for name in files:
-        try:
-            hf_hub_download(wanted.repo, name, revision=commit)
-        except Exception as error:
-            raise _told(error, wanted, name) from error
+    with _without_addresses():
+        for name in files:
+            try:
+                hf_hub_download(wanted.repo, name, revision=commit)
+            except Exception as error:
+                raise _told(error, wanted, name) from error
     found = _whole_model(snapshot, wanted.file or (files[0] if files[0].endswith(".gguf") else None))
     if found is None:
         raise _explained(OSError, f"the copy of {wanted} in {snapshot} is not whole", "run the same command again")
     if wanted.revision != commit:
         _write_ref(_repo_folder(wanted) / "refs" / wanted.revision, commit)
     return found
+
+
+@contextmanager
+def _without_addresses() -> Iterator[None]:
+    """Keeps the library from logging, at every retry, the address it reads from, which may be a signed one."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _write_ref(ref: Path, commit: str) -> None:
@@ -273,20 +292,21 @@ def _check_space(wanted: HubId, folder: Path, missing: int) -> None:
     if missing > free:
         raise _explained(
             OSError,
-            f"{wanted} needs {missing / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free in {there}",
+            f"{wanted} needs {missing / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free in {there}",
             "free some space, or set HF_HOME to a folder on a larger disk",
         )
 
 
 def _told(error: Exception, wanted: HubId, file: str | None = None) -> OSError:
     """Our sentence for what the library raised; its own words may hold signed addresses and are left out."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     what = f"{file} of {wanted}" if file else str(wanted)
-    page = f"https://huggingface.co/{wanted.repo}"
+    page = f"{constants.ENDPOINT}/{wanted.repo}"
     again = "run the same command again: files that are whole are kept"
-    status = getattr(getattr(error, "response", None), "status_code", None)
     causes = list(_chain(error))
+    answers = [answer for cause in causes if (answer := getattr(cause, "response", None)) is not None]
+    status = getattr(answers[0], "status_code", None) if answers else None
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept its licence on {page}, then set HF_TOKEN to a token of that account"
         return _explained(PermissionError, f"{wanted.repo} is gated: its makers ask for an agreement first", hint)
