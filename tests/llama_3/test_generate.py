@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama_3.generate import Step, stream_steps
+from llama_3.generate import Step, StopText, stream_steps
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling, sample
@@ -267,3 +267,49 @@ def test_prompts_that_cannot_be_read_are_refused(prompt: list[int], sentence: st
         run(model, [PROMPTS[0], prompt])
     with pytest.raises(ValueError, match="max_tokens is 0"):
         run(model, [PROMPTS[0]], max_tokens=0)
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    text = StopText(["END", "\n\n"])
+    assert [text.push(piece) for piece in ("a", "bE", "N", "x", "E", "", "\n")] == ["a", "b", "", "ENx", "", "", "E"]
+    assert not text.found and text.flush() == "\n"
+    text = StopText(["END", "\n\n"])
+    assert [text.push(piece) for piece in ("say E", "N", "D more")] == ["say ", "", ""]
+    assert text.found and text.flush() == ""
+    assert StopText([]).push("anything") == "anything"
+    assert StopText([""]).push("anything") == "anything"
+
+
+def test_penalties_and_biases_change_the_draw_and_not_the_report() -> None:
+    logits_1V = torch.tensor([[3.0, 2.0, 1.0, -1.0]])
+
+    def draw(sampling: Sampling, history: list[int], made: int) -> tuple[int, float]:
+        drawn = sample(logits_1V, [sampling], generators(0), [history], [made])
+        return int(drawn.tokens_B), float(drawn.logprobs_B)
+
+    logprobs = torch.log_softmax(logits_1V[0], -1)
+    greedy = Sampling(0.0)
+    assert draw(greedy, [0, 0], 1)[0] == 0
+    for sampling, history, made, chosen in (
+        (Sampling(0.0, logit_bias=((2, 2.5),)), [], 0, 2),
+        (Sampling(0.0, logit_bias=((0, -math.inf), (1, -math.inf))), [], 0, 2),
+        (Sampling(0.0, frequency_penalty=0.6), [0, 1, 0], 1, 0),  # once in the reply: 3 - 0.6
+        (Sampling(0.0, frequency_penalty=0.6), [1, 0, 0], 2, 1),  # twice: 3 - 1.2 < 2
+        (Sampling(0.0, repetition_penalty=4.0), [0], 0, 1),  # the prompt counts
+        (Sampling(0.0, frequency_penalty=-9.0), [3], 1, 3),
+    ):
+        token, logprob = draw(sampling, history, made)
+        assert token == chosen
+        assert logprob == pytest.approx(float(logprobs[chosen]), rel=1e-5)
+
+
+def test_a_bias_on_a_token_that_is_not_there_is_refused(model: Transformer) -> None:
+    with pytest.raises(ValueError, match="logit_bias names token 272, outside the model's vocabulary of 272"):
+        run(model, [PROMPTS[0]], sampling=Sampling(logit_bias=((272, 1.0),)))
+
+
+def test_a_cache_that_leaves_nothing_to_read_is_refused(model: Transformer) -> None:
+    cache = model.new_cache(1, 40)
+    model(torch.tensor([PROMPTS[1]]), cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 8 tokens, which leaves none of the prompt's 8 to read"):
+        run(model, [PROMPTS[1]], cache=cache)
