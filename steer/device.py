@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from llama_3.config import ModelConfig, read_json
+from llama_3.checkpoint import parameter_count, stored_dtype
+from llama_3.config import ModelConfig
 from llama_3.hub import model_name
 from steer.errors import SteerError
 
@@ -65,29 +66,17 @@ def choose_placement(device: str, dtype: str, config: ModelConfig, path: Path) -
     """
     where, reasons = choose_device(device), []
     if device == "auto":
-        others = " and ".join(name for name, there in _accelerators().items() if not there)
-        reasons.append(f"{where}: " + (f"no {others} here" if where == "cpu" else "the fastest device here"))
+        reasons.append(f"{where}: " + ("there is no other device" if where == "cpu" else "the fastest device here"))
     if dtype != "auto":
         if dtype not in DTYPES:
             raise SteerError(f"`{dtype}` is no dtype", f"choose auto, {', '.join(DTYPES)}")
         return Placement(where, DTYPES[dtype], "; ".join(reasons))
     stored, count = stored_dtype(path), parameter_count(config)
     if where.startswith("cpu") and not _has_bfloat16() and count < SMALL and stored != torch.float32:
-        reasons.append(f"float32: a model of {count / 1e6:.0f} M parameters is fastest so on a CPU without bfloat16")
+        reasons.append(f"float32: this CPU has no bfloat16 instructions, and {count / 1e6:.0f} M parameters are few")
         return Placement(where, torch.float32, "; ".join(reasons))
     reasons.append(f"{_named(stored)}: as stored")
     return Placement(where, "auto", "; ".join(reasons))
-
-
-def parameter_count(config: ModelConfig) -> int:
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    block = config.d_model * (2 * q + 2 * kv + 3 * config.d_ff + 2)
-    return config.vocab_size * config.d_model * (2 - config.tied) + config.n_layers * block + config.d_model
-
-
-def stored_dtype(path: Path) -> torch.dtype:
-    raw = read_json(path / "config.json") or {}
-    return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), torch.bfloat16)
 
 
 def choose_dtype(wanted: str, folder: Path, device: str) -> torch.dtype | Literal["auto"]:
@@ -112,30 +101,6 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def estimate(
-    config: ModelConfig,
-    path: Path,
-    placement: Placement,
-    quantize: str | None = None,
-    sae_bytes: int = 0,
-    context: int | None = None,
-    kept_layers: int = 0,
-) -> Fit:
-    """What the model takes there. `kept_layers` of its blocks are left as they are when the others are quantised."""
-    dtype = stored_dtype(path) if placement.dtype == "auto" else placement.dtype
-    width = dtype.itemsize
-    tokens = min(context or CONTEXT, config.max_context, CONTEXT)
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    block = config.d_model * (2 * q + 2 * kv + 3 * config.d_ff)
-    weights = parameter_count(config) * width
-    if quantize in SCHEMES:
-        weights -= int(block * max(0, config.n_layers - kept_layers) * (width - SCHEMES[quantize]))
-    working = CHUNK * (3 * config.d_ff + 6 * config.d_model) * 4 + 8 * config.vocab_size * 4
-    cache = 2 * config.n_layers * kv * tokens * width
-    parts = {"weights": weights, f"cache of {tokens:,} tokens": cache, "working memory": working, "SAE": sae_bytes}
-    return Fit({name: size for name, size in parts.items() if size}, available_memory(placement.device))
-
-
 def check_fit(
     config: ModelConfig,
     path: Path,
@@ -145,34 +110,62 @@ def check_fit(
     context: int | None = None,
     kept_layers: int = 0,
 ) -> Fit:
-    """`estimate`, or a `SteerError` with both figures where it exceeds what is free; its hint names what would fit."""
-    fit = estimate(config, path, placement, quantize, sae_bytes, context, kept_layers)
+    """What the model at `path` will take, before it is loaded; `kept_layers` of its blocks are not quantised.
+
+    A `SteerError` with both figures where that exceeds what is free; its hint names what would fit.
+    """
+    stored = stored_dtype(path) if placement.dtype == "auto" else placement.dtype
+
+    def fit_of(device: str, dtype: torch.dtype, scheme: str | None) -> Fit:
+        parts = estimate(config, dtype, scheme, context, kept_layers) | {"SAE": sae_bytes}
+        return Fit(parts, available_memory(device))
+
+    fit = fit_of(placement.device, stored, quantize)
     if fit.fits or fit.available is None:
         return fit
     hint = "choose a smaller model"
-    if placement.device.startswith("cuda") and torch.cuda.device_count() > 1:
-        hint += f", or spread this one over {torch.cuda.device_count()} cards with torchrun"
-    for flags, other, scheme in _alternatives(placement, quantize):
-        if estimate(config, path, other, scheme, sae_bytes, context, kept_layers).fits:
-            hint = f"with `{flags}` it would fit"
+    if placement.device.startswith("cuda") and (cards := torch.cuda.device_count()) > 1:
+        hint += f", or spread this one over {cards} cards with torchrun"
+    for flags, device, dtype, scheme in _alternatives(placement.device, stored, quantize):
+        if fit_of(device, dtype, scheme).fits:
+            hint = f"with `{flags}` it fits"
             break
     part, size = max(fit.parts.items(), key=lambda entry: entry[1])
     raise SteerError(
-        f"{model_name(path)} needs {_gib(fit.needed)} GiB on {placement.device} ({part}: {_gib(size)}), "
-        f"and {_gib(fit.available)} GiB are free",
+        f"{model_name(path)} needs {gib(fit.needed)} GiB on {placement.device} ({part}: {gib(size)}), "
+        f"and {gib(fit.available)} GiB are free",
         hint,
     )
 
 
-def _alternatives(placement: Placement, quantize: str | None) -> Iterator[tuple[str, Placement, str | None]]:
-    """(flags, placement, quantisation) that take less, the least loss first."""
-    half = replace(placement, dtype=torch.bfloat16)
-    schemes = [scheme for scheme in SCHEMES if quantize is None or SCHEMES[scheme] < SCHEMES.get(quantize, 9)]
-    yield "--dtype bfloat16", half, quantize
-    yield from ((f"--quantize {scheme}", placement, scheme) for scheme in schemes)
-    yield from ((f"--dtype bfloat16 --quantize {scheme}", half, scheme) for scheme in schemes)
-    if not placement.device.startswith("cpu"):
-        yield "--device cpu", replace(placement, device="cpu"), quantize
+def estimate(
+    config: ModelConfig, dtype: torch.dtype, scheme: str | None = None, context: int | None = None, kept_layers: int = 0
+) -> dict[str, int]:
+    """Bytes of a loaded model, part by part: weights, the cache of `context` tokens, the largest temporary tensors."""
+    width, tokens = dtype.itemsize, min(context or CONTEXT, config.max_context, CONTEXT)
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    weights = parameter_count(config) * width
+    if scheme in SCHEMES:
+        matrices = config.d_model * (2 * q + 2 * kv + 3 * config.d_ff) * max(0, config.n_layers - kept_layers)
+        weights -= int(matrices * (width - SCHEMES[scheme]))
+    working = CHUNK * (3 * config.d_ff + 6 * config.d_model) * 4 + 8 * config.vocab_size * 4
+    cache = 2 * config.n_layers * kv * tokens * width
+    return {"weights": weights, f"cache of {tokens:,} tokens": cache, "working memory": working}
+
+
+def _alternatives(
+    device: str, dtype: torch.dtype, scheme: str | None
+) -> Iterator[tuple[str, str, torch.dtype, str | None]]:
+    """(flags, device, dtype, quantisation) that take less, the least loss first."""
+    schemes = [other for other in SCHEMES if scheme not in SCHEMES or SCHEMES[other] < SCHEMES[scheme]]
+    half = torch.bfloat16
+    if dtype.itemsize > half.itemsize:
+        yield "--dtype bfloat16", device, half, scheme
+    yield from ((f"--quantize {other}", device, dtype, other) for other in schemes)
+    if dtype.itemsize > half.itemsize:
+        yield from ((f"--dtype bfloat16 --quantize {other}", device, half, other) for other in schemes)
+    if not device.startswith("cpu"):
+        yield "--device cpu", "cpu", dtype, scheme
 
 
 def available_memory(device: str) -> int | None:
@@ -225,5 +218,6 @@ def _range(kind: str, count: int) -> str:
     return kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size in GiB, without the unit; small ones with two digits."""
     return f"{size / 2**30:.1f}" if size >= 2**29 else f"{size / 2**30:.2f}"
