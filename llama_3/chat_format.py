@@ -1,27 +1,47 @@
-"""A dialog as Llama 3 was trained to read it, and where each message lies in it.
+"""A dialog as a model was trained to read it, and where each message lies in it.
 
-The text is that of the Hugging Face template of Llama 3.0: contents trimmed, no system block of its own. Contents are
-encoded as plain text, so a `<|eot_id|>` typed by a user ends nothing.
+The format is that of the checkpoint's own template, told by what the template says (`chat_styles`); templates are read,
+never run. Contents are encoded as plain text, so a `<|eot_id|>` typed by a user ends nothing.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import date as day
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, Final
 
-from llama_3.config import config_error
-from llama_3.tokenizer import Tokenizer
+from llama_3 import chat_styles
+from llama_3.chat_styles import Message, Piece, Recognised, Spell, Style, recognise
+from llama_3.config import config_error, read_json
+from llama_3.tokenizer import Tokenizer, gguf_metadata, model_folders
 
+__all__ = ["FORMATS", "ChatFormat", "Message", "MessageSpan", "load_chat_format"]
 
-@dataclass(frozen=True)
-class Message:
-    """One turn; `role` is system, user, assistant or ipython (a tool's result)."""
+FORMATS: Final[dict[str, Spell]] = {
+    "llama-3": chat_styles.llama_3,
+    "llama-3.1": chat_styles.llama_3,
+    "llama-3.2": chat_styles.llama_3,
+    "llama-2": chat_styles.llama_2,
+    "zephyr": chat_styles.zephyr,
+    "chatml": chat_styles.chatml,
+    "plain": chat_styles.plain,
+}
+"""The formats by name; Llama 3.3 has that of 3.1."""
 
-    role: str
-    content: str
+_NAMES = ", ".join(FORMATS)
+_DATED = ("llama-3.1", "llama-3.2")
+_FIXED_DATE = "26 Jul 2024"
+"""What Llama 3.1's template shows when it is given no date."""
 
 
 @dataclass(frozen=True)
 class MessageSpan:
-    """Token offsets of one message in its dialog: header, then content, then the end-of-turn token."""
+    """Token offsets of one message in its dialog: what opens it, its content, then what ends it.
+
+    A token that reaches over the border of two parts belongs to the later one.
+    """
 
     role: str
     start: int
@@ -29,42 +49,55 @@ class MessageSpan:
     content_end: int
     end: int
 
-    def moved(self, by: int) -> "MessageSpan":
-        """The same message `by` tokens further on."""
-        return replace(
-            self,
-            start=self.start + by,
-            content_start=self.content_start + by,
-            content_end=self.content_end + by,
-            end=self.end + by,
-        )
-
 
 class ChatFormat:
-    """Encodes dialogs with one tokenizer."""
+    """Encodes dialogs with one tokenizer; `note` tells a user which format this is and why."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._start_header = tokenizer.special("<|start_header_id|>")
-        self._end_header = tokenizer.special("<|end_header_id|>")
-        self._gap = tokenizer.encode("\n\n")
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str = "llama-3",
+        *,
+        date: str | None = None,
+        template: Recognised | None = None,
+        why: str = "",
+    ) -> None:
+        """A format by name; `template` is what the checkpoint's own one sets, `why` goes into the note.
 
-    def encode_header(self, role: str) -> list[int]:
-        """The tokens that open a message of `role`."""
-        return [self._start_header, *self.tokenizer.encode(role), self._end_header, *self._gap]
-
-    def encode_message(self, message: Message) -> tuple[list[int], MessageSpan]:
-        """The tokens of one message, with its span counted from 0."""
-        header = self.encode_header(message.role)
-        content = self.tokenizer.encode(message.content.strip())
-        tokens = [*header, *content, self.tokenizer.eot_id]
-        return tokens, MessageSpan(message.role, 0, len(header), len(header) + len(content), len(tokens))
+        ValueError for an unknown name, a date in a format that shows none, a vocabulary without the needed headers.
+        """
+        if name not in FORMATS:
+            raise config_error(f"there is no chat format {name!r}", f"choose one of {_NAMES}")
+        if FORMATS[name] is chat_styles.llama_3:
+            for needed in ("<|start_header_id|>", "<|end_header_id|>"):
+                tokenizer.special(needed)
+        own = template or Recognised(name)
+        if name in _DATED:
+            date = date or own.date or (_FIXED_DATE if name == "llama-3.1" else day.today().strftime("%d %b %Y"))
+        elif date is not None:
+            raise config_error(f"chat format {name} shows no date, so {date!r} cannot be shown", "leave the date out")
+        self.tokenizer, self.name = tokenizer, name
+        self.note = "".join([name, why and f", {why}", f"; its system block gives the date as {date}" if date else ""])
+        self._style = Style(tokenizer, date, own.system, own.bos)
+        self._spell = FORMATS[name]
 
     def encode_dialog(
         self, messages: Sequence[Message], *, generation_prompt: bool = True
     ) -> tuple[list[int], list[MessageSpan]]:
-        """Tokens of a dialog, begin-of-text first, and a span per message; `generation_prompt` opens a reply."""
-        return self._join([self.encode_message(message) for message in messages], generation_prompt)
+        """Tokens of a dialog and a span per message; `generation_prompt` opens a reply.
+
+        What belongs to no message (the first token, a system block of the format's own, the opening of the reply) lies
+        outside all spans.
+        """
+        pieces = list(self._spell(self._style, messages, generation_prompt))
+        tokens, origins = self._encode(pieces)
+        spans = []
+        for i, message in enumerate(messages):
+            own = [index for index, piece in enumerate(pieces) if piece.message == i]
+            content = next(index for index in own if pieces[index].is_content)
+            places = (own[0], content, content + 1, own[-1] + 1)
+            spans.append(MessageSpan(message.role, *(bisect_left(origins, place) for place in places)))
+        return tokens, spans
 
     def fit_dialog(self, messages: Sequence[Message], budget: int) -> tuple[list[int], list[MessageSpan], int]:
         """Tokens and spans of the dialog with its oldest turns dropped until it has `budget` tokens, and how many.
@@ -74,28 +107,103 @@ class ChatFormat:
         """
         assert messages, "a dialog needs a message"
         n_system = 1 if messages[0].role == "system" and len(messages) > 1 else 0
-        system = [self.encode_message(message) for message in messages[:n_system]]
-        turns = [self.encode_message(message) for message in messages[n_system:]]
-        room = budget - 1 - len(self.encode_header("assistant")) - sum(len(tokens) for tokens, _ in system)
-        sizes = [len(tokens) for tokens, _ in turns]
-        dropped = 0
-        while sum(sizes[dropped:]) > room:
-            dropped += 1
-            while dropped < len(turns) - 1 and turns[dropped][1].role not in ("user", "system"):
-                dropped += 1
-            if dropped >= len(turns):
-                raise config_error(
-                    f"the last message is {sizes[-1]} tokens long and {max(room, 0)} of the {budget} are left for it",
-                    "shorten the message or the system prompt, or ask for fewer tokens in reply",
-                )
-        tokens, spans = self._join([*system, *turns[dropped:]], generation_prompt=True)
-        return tokens, spans, dropped
+        system, turns = list(messages[:n_system]), messages[n_system:]
+        last = len(turns) - 1
+        starts = [i for i, turn in enumerate(turns) if i in (0, last) or turn.role in ("user", "system")]
+        fitting = bisect_left(
+            starts, True, key=lambda dropped: len(self.encode_dialog([*system, *turns[dropped:]])[0]) <= budget
+        )
+        if fitting == len(starts):
+            tokens, spans = self.encode_dialog([*system, turns[last]])
+            size = spans[-1].end - spans[-1].start
+            raise config_error(
+                f"the last message is {size} tokens long and {max(budget - len(tokens) + size, 0)} of the {budget} "
+                "are left for it",
+                "shorten the message or the system prompt, or ask for fewer tokens in reply",
+            )
+        dropped = starts[fitting]
+        return *self.encode_dialog([*system, *turns[dropped:]]), dropped
 
-    def _join(
-        self, encoded: Sequence[tuple[list[int], MessageSpan]], generation_prompt: bool
-    ) -> tuple[list[int], list[MessageSpan]]:
-        tokens, spans = [self.tokenizer.bos_id], []
-        for message, span in encoded:
-            spans.append(span.moved(len(tokens)))
-            tokens += message
-        return tokens + (self.encode_header("assistant") if generation_prompt else []), spans
+    def _encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """Tokens, and for each the piece in which its last byte lies."""
+        tokens: list[int] = []
+        origins: list[int] = []
+        for is_text, group in groupby(enumerate(pieces), key=lambda item: isinstance(item[1].what, str)):
+            run = list(group)
+            if not is_text:
+                tokens += [piece.what for _, piece in run if isinstance(piece.what, int)]
+                origins += [place for place, _ in run]
+                continue
+            texts = [piece.what for _, piece in run if isinstance(piece.what, str)]
+            encode = self.tokenizer.encode_after_special if tokens else self.tokenizer.encode
+            ids = encode("".join(texts))
+            ends = list(accumulate(len(text.encode(errors="surrogatepass")) for text in texts))
+            token_ends = list(accumulate(len(self.tokenizer.token_bytes(token)) for token in ids))
+            # Some vocabularies put a space of their own in front.
+            own = token_ends[-1] - ends[-1] if ids else 0
+            origins += [run[min(bisect_left(ends, end - own), len(run) - 1)][0] for end in token_ends]
+            tokens += ids
+        return tokens, origins
+
+
+def load_chat_format(
+    path: Path | str, tokenizer: Tokenizer, name: str | None = None, date: str | None = None
+) -> ChatFormat:
+    """The chat format of a model folder or GGUF file: `name` if given, else what the checkpoint's own template says.
+
+    Without a template it is Llama 3's where the vocabulary has its headers (without the date, as in Meta's own code),
+    Llama 2's for a folder of Meta's, else plain text; a template that is none of ours also gives plain text, and the
+    format's `note` says so. `date` is shown by the system block of `llama-3.1` and `llama-3.2`, as `26 Jul 2024`.
+    Raises ValueError for an unknown name, and for a date in a format that shows none.
+    """
+    template = read_chat_template(Path(path))
+    found = recognise(template) if template is not None else None
+    why = "as asked for"
+    if name is None:
+        name, why = _choose(Path(path), tokenizer, template, found)
+    own = found if found is not None and found.name == name else None
+    return ChatFormat(tokenizer, name, date=date, template=own, why=why)
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The Jinja source of a checkpoint's chat template; None where it has none."""
+    for folder in model_folders(path):
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise config_error(f"{file} is not text in UTF-8") from error
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            if template := _default_template((read_json(folder / name) or {}).get("chat_template")):
+                return template
+    return _default_template((gguf_metadata(path) or {}).get("tokenizer.chat_template"))
+
+
+def _default_template(entry: Any) -> str | None:
+    """Some checkpoints list several templates by name."""
+    if isinstance(entry, list):
+        named = {one.get("name"): one.get("template") for one in entry if isinstance(one, dict)}
+        entry = named.get("default")
+    return entry if isinstance(entry, str) else None
+
+
+def _choose(path: Path, tokenizer: Tokenizer, template: str | None, found: Recognised | None) -> tuple[str, str]:
+    has_headers = _has(tokenizer, "<|start_header_id|>") and _has(tokenizer, "<|end_header_id|>")
+    if found is not None and (has_headers or FORMATS[found.name] is not chat_styles.llama_3):
+        return found.name, "as in the checkpoint's own template"
+    if template is not None:
+        return "plain", f"since the checkpoint's own template is none that is known (--chat-format: {_NAMES})"
+    if has_headers:
+        return "llama-3", "since the checkpoint has no template and its vocabulary has Llama 3's headers"
+    if _has(tokenizer, "<s>") and any((folder / "params.json").exists() for folder in model_folders(path)):
+        return "llama-2", "since the folder is one of Meta's with Llama 2's vocabulary"
+    return "plain", f"since the checkpoint has no template (--chat-format: {_NAMES})"
+
+
+def _has(tokenizer: Tokenizer, special: str) -> bool:
+    try:
+        tokenizer.special(special)
+    except ValueError:
+        return False
+    return True
