@@ -1,38 +1,64 @@
-"""`steer doctor`: is everything here that steer needs, and where does it look for what."""
+"""`steer doctor`: is everything here that steer needs, where does it look for what, and can the model run here.
+
+Each check gives the value to show or raises what went wrong. Those of the model (`model_checks`) build on each other,
+and one whose ground is missing is left out.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from steer import __version__
+from steer.cli.model_checks import Subject, model_checks
 from steer.cli.options import Json, command, put
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE, Settings, config_folder, data_folder, log_path
 from steer.errors import ExitCode, SteerError, render
 from steer.events import clean
 
 Check = Callable[[Settings], str]
+PACKAGES = (
+    *("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "sentencepiece", "gguf", "huggingface_hub"),
+    *("textual", "typer"),
+)
 
 
 @command()
-def doctor(settings: Settings, json: Json = False) -> int:
-    """Check the environment: versions, devices, memory, folders, settings, what ships."""
-    well = True
-    for name, check in CHECKS.items():
-        value, message, ok = "", "", True
-        try:
-            value = check(settings)
-        except Exception as error:  # whatever a check meets is its finding
-            ok, message = False, render(error).removeprefix("error: ").replace("\n\n", "; ")
-        well &= ok
-        if json:
-            put({"check": name, "ok": ok, "value": value, "message": message})
-        else:
-            print(f"{'ok' if ok else 'FAILED':<7} {name:<10} {clean(value or message)}")
-    return ExitCode.DONE if well else ExitCode.MISTAKE
+def doctor(
+    settings: Settings,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure what --quantize costs on this text.", metavar="FILE")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Check the environment and the model: versions, devices, memory, folders, what fits, what quantising costs."""
+    failed = {name for name, check in CHECKS.items() if not _tell(name, partial(check, settings), json)}
+    subject = Subject(settings, text)
+    for name, (needs, of_model) in model_checks(subject).items():
+        if failed.isdisjoint(needs) and not _tell(name, partial(of_model, subject), json):
+            failed.add(name)
+    return ExitCode.MISTAKE if failed else ExitCode.DONE
+
+
+def _tell(name: str, check: Callable[[], str], json: bool) -> bool:
+    """Makes one check and prints it; whether all is well."""
+    value, message, ok = "", "", True
+    try:
+        value = check()
+    except Exception as error:  # whatever a check meets is its finding
+        ok, message = False, render(error).removeprefix("error: ").replace("\n\n", "; ")
+    if json:
+        put({"check": name, "ok": ok, "value": value, "message": message})
+    else:
+        print(f"{'ok' if ok else 'FAILED':<7} {name:<10} {clean(value or message)}")
+    return ok
 
 
 def _python(settings: Settings) -> str:
@@ -41,7 +67,7 @@ def _python(settings: Settings) -> str:
 
 def _packages(settings: Settings) -> str:
     found = []
-    for name in ("torch", "numpy", "safetensors", "tiktoken", "textual", "typer"):
+    for name in PACKAGES:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError as error:
@@ -60,11 +86,11 @@ def _threads(settings: Settings) -> str:
 def _devices(settings: Settings) -> str:
     import torch
 
+    from steer.device import choose_device
+
     found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     found += ["mps"] if torch.backends.mps.is_available() else []
-    wanted = settings.device
-    if wanted not in ("auto", "cpu") and not any(name.startswith(wanted) for name in found):
-        raise SteerError(f"there is no device `{wanted}` here", f"here are {', '.join(['cpu', *found])}")
+    choose_device(settings.device)
     return ", ".join(["cpu", *found])
 
 
@@ -75,6 +101,12 @@ def _memory(settings: Settings) -> str:
     except (ValueError, OSError, AttributeError):  # not every system tells
         return "unknown"
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _hub(settings: Settings) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.HF_HUB_CACHE}; downloads are {'off' if constants.is_offline_mode() else 'on'}"
 
 
 def _data(settings: Settings) -> str:
@@ -111,6 +143,7 @@ CHECKS: dict[str, Check] = {
     "memory": _memory,
     "config": lambda settings: f"{settings.file or 'no steer.toml'}; the user's is {config_folder() / 'steer.toml'}",
     "data": _data,
+    "hub": _hub,
     "log": lambda settings: str(log_path()),
     "shipped": _shipped,
     "sae": lambda settings: _folder(settings.sae, "cfg.json") or settings.describe()["sae"],

@@ -31,11 +31,16 @@ def make_engine(settings: Settings) -> InspectingEngine:
     """
     engine = load_engine(settings)
     info = engine.info
-    if info.reason and settings.model and sys.stderr.isatty():
+    if info.reason and settings.model and on_screen():
         narrate(f"{info.model} on {info.device} in {info.dtype} ({info.reason})")
     if info.notice:
         narrate(info.notice)
     return engine
+
+
+def on_screen() -> bool:
+    """Whether a person reads stderr."""
+    return sys.stderr.isatty()
 
 
 def load_engine(settings: Settings) -> Engine:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from steer import __version__
 from steer.cli import main
 from steer.cli.options import put
+from steer.session import Sampling
 from tests.steer.fake import FakeEngine
 
 
@@ -86,6 +87,50 @@ def test_complete_passes_sampling_and_the_chat_format_on(steer: Steer, engine: F
     assert engine.used[0].error == "drop"
 
 
+def test_complete_passes_every_knob_on(steer: Steer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, ends = engine.stream, []
+
+    def spied(*args: Any, **given: Any) -> Any:
+        ends.append(given["stop_strings"])
+        return stream(*args, **given)
+
+    monkeypatch.setattr(engine, "stream", spied)
+    knobs = ("--top-k", "5", "--min-p", "0.1", "--repetition-penalty", "1.2", "--frequency-penalty", "0.3")
+    biases = ("--logit-bias", "7=-3", "--logit-bias", "8=2")
+    ran = steer("complete", "hi", *knobs, *biases, "--stop", "###", "--stop", "\n")
+    assert ran.code == 0
+    assert engine.asked["sampling"] == Sampling(0.5, 0.9, 5, 0.1, 1.2, 0.3, ((7, -3.0), (8, 2.0)))
+    assert ends == [("###", "\n")]
+
+
+def test_the_engine_gets_what_settings_say_of_the_model(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(model: str | None, *rest: object, **given: object) -> FakeEngine:
+        asked.update(given, model=model)
+        return FakeEngine()
+
+    monkeypatch.setattr("steer.engine.Engine.load", load)
+    flags = ("--model", "org/name", "--quantize", "int8", "--chat-format", "plain", "--compile", "--device", "cuda:1")
+    assert steer("complete", "hi", *flags).code == 0
+    assert (asked["model"], asked["quantize"], asked["chat_format"]) == ("org/name", "int8", "plain")
+    assert (asked["compile"], asked["device"], asked["dtype"]) == (True, "cuda:1", "auto")
+    asked.clear()
+    assert steer("complete", "hi", "--quantize", "none").code == 0
+    assert not asked.get("quantize") and not asked.get("compile") and not asked.get("chat_format")
+
+
+def test_why_a_model_runs_where_it_does_is_told_to_a_person_who_chose_it(
+    steer: Steer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.info = replace(engine.info, reason="cpu: there is no other device")
+    told = "fake on cpu in float32 (cpu: there is no other device)"
+    assert told not in steer("complete", "hi", "--model", "m").err
+    monkeypatch.setattr("steer.cli.engines.on_screen", lambda: True)
+    assert told in steer("complete", "hi", "--model", "m").err
+    assert told not in steer("complete", "hi").err
+
+
 @pytest.mark.parametrize(("prompt", "script"), [("TOO LONG", "one"), ("hi", "one FAIL")])
 def test_complete_tells_a_failure_in_json_and_on_stderr(
     prompt: str, script: str, steer: Steer, engine: FakeEngine
@@ -107,6 +152,10 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["complete", "hi", "--edit", "99 +1"], 1, "no latent 99"),
         (["complete", "hi", "--edit", "99 what"], 1, "`what` is no strength"),
         (["complete", "hi", "--error", "forget"], 2, "--error"),
+        (["complete", "hi", "--stop", ""], 1, "--stop is empty"),
+        (["complete", "hi", "--top-k", "-1"], 1, "top_k is -1"),
+        (["complete", "hi", "--logit-bias", "x=1"], 1, "`x=1` is no logit bias"),
+        (["complete", "hi", "--quantize", "int3"], 1, "quantize is int3"),
         (["complete", "hi", "--frobnicate"], 2, "No such option"),
         (["frobnicate"], 2, "No such command"),
         (["features", "show", "99"], 1, "no latent 99"),
@@ -209,6 +258,7 @@ def test_chat_json_is_one_event_a_line(steer: Steer, engine: FakeEngine) -> None
 
 def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
     got: dict[str, Any] = {}
+    monkeypatch.setattr("llama_3.hub.resolve_model", lambda name: Path("cache") / name)
 
     def run(make: Any, settings: Any, options: dict[str, Any], *, log: Path) -> int:
         got.update(options, settings=settings, log=log)
@@ -220,18 +270,9 @@ def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.Monkey
     assert ran.code == 7
     assert (str(got["steering"].edits[0]), got["seed"], got["max_tokens"], got["system"]) == ("3 +1", 4, 9, "s")
     assert got["open"] is None and got["log"].name == "steer.log"
-    assert steer().code == 7
-
-
-def test_doctor_says_what_is_there_and_fails_when_something_is_not(
-    steer: Steer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    checks = {entry["check"]: entry for entry in steer("doctor", "--json").lines}
-    assert all(set(entry) == {"check", "ok", "value", "message"} for entry in checks.values())
-    assert checks["python"]["ok"] and checks["data"]["value"] == str(tmp_path / "home")
-    monkeypatch.setattr("steer.cli.doctor.DEMO_MODEL", tmp_path / "gone")
-    ran = steer("doctor")
-    assert ran.code == 1 and "FAILED" in ran.out
+    assert steer().code == 7 and got["settings"].model is None
+    assert steer("chat", "--model", "org/name").code == 7
+    assert got["settings"].model == "cache/org/name"  # a download has drawn its progress before the screens
 
 
 def test_an_interruption_has_its_code(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:

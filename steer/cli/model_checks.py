@@ -1,0 +1,122 @@
+"""What `steer doctor` finds out about a model before anyone waits for it: what it is, where it runs, whether it fits.
+
+Nothing of the weights but headers is read, save for what quantising costs: that compares two loaded models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steer.config import DEMO_MODEL, Settings
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from llama_3.config import ModelConfig
+    from llama_3.tokenizer import Tokenizer
+    from steer.device import Placement
+
+PARAGRAPH = """\
+The harbour was quiet when Ada opened the door of the workshop. Rain had fallen all night, and the boards of the pier
+were still dark with it. She lit the lamp, put the kettle on the stove and looked at the letter again. It asked for
+three things: a boat that two people could row, a price, and an answer before Friday. "That is not much time," said her
+brother, who had come in behind her with an armful of oak. "It is enough," she answered. In 1931 their grandfather had
+built such a boat in nine days, with 40 copper nails to the plank and no drawing but the one in his head. She still had
+his notebook. On its last page he had written what every builder learns sooner or later: measure the water, not the
+wood. She turned up her sleeves, sharpened the plane and began with the keel, while the gulls argued on the roof and the
+first ferry of the morning blew its horn across the bay.
+"""
+"""About 200 tokens of plain prose, to measure on where no text is given."""
+MOST_TOKENS = 512
+"""Tokens of a given text that are measured on."""
+
+
+class Subject:
+    """The model that the settings name; each part is read once, when a check first asks for it."""
+
+    def __init__(self, settings: Settings, text: Path | None = None) -> None:
+        self.settings, self.text = settings, text
+        self.scheme = None if settings.quantize == "none" else settings.quantize
+
+    @cached_property
+    def path(self) -> Path:
+        from llama_3.hub import resolve_model
+
+        return resolve_model(self.settings.model) if self.settings.model else DEMO_MODEL
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        from llama_3.config import read_config
+
+        return read_config(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from llama_3.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def placement(self) -> Placement:
+        from steer.device import choose_placement
+
+        return choose_placement(self.settings.device, self.settings.dtype, self.config, self.path)
+
+
+def _model(subject: Subject) -> str:
+    from llama_3.checkpoint import parameter_count, stored_dtype
+    from llama_3.config import find_layout
+    from llama_3.hub import model_name
+
+    config, (layout, _) = subject.config, find_layout(subject.path)
+    shape = f"{config.n_layers} layers of {config.d_model}, {config.n_heads} heads on {config.n_kv_heads}"
+    name = "the demo" if subject.settings.model is None else model_name(subject.path)
+    stored = str(stored_dtype(subject.path)).removeprefix("torch.")
+    return f"{name}: Llama, {shape}, {parameter_count(config) / 1e6:,.1f} M parameters, {layout}, {stored}"
+
+
+def _tokenizer(subject: Subject) -> str:
+    tokenizer, size = subject.tokenizer, subject.config.vocab_size
+    kind = type(tokenizer).__name__.removesuffix("Tokenizer")
+    known = max(tokenizer.vocab_size, 1 + max(tokenizer.special_ids, default=0))
+    if known > size:
+        raise SteerError(
+            f"the tokenizer's ids go up to {known - 1:,} and the model's to {size - 1:,}", "it is another's"
+        )
+    return f"{kind}, {tokenizer.vocab_size:,} tokens of the model's {size:,}"
+
+
+def _chat(subject: Subject) -> str:
+    from llama_3.chat_format import load_chat_format
+
+    return load_chat_format(subject.path, subject.tokenizer, subject.settings.chat_format).note
+
+
+def _placement(subject: Subject) -> str:
+    placement = subject.placement
+    dtype = "as stored" if placement.dtype == "auto" else str(placement.dtype).removeprefix("torch.")
+    return f"{placement.device}, {dtype} ({placement.reason or 'as asked for'})"
+
+
+def _fit(subject: Subject) -> str:
+    from steer.device import check_fit, gib
+
+    file = Path(subject.settings.sae or "") / "sae.safetensors"
+    sae_bytes = file.stat().st_size if subject.settings.sae and file.is_file() else 0
+    fit = check_fit(subject.config, subject.path, subject.placement, subject.scheme, sae_bytes)
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.parts.items() if size)
+    free = "an unknown amount" if fit.available is None else f"{gib(fit.available)} GiB"
+    return f"{gib(fit.needed)} GiB of {free} free ({parts})"
+
+
+def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]]:
+    """The checks by name, each with those that must have gone well before it."""
+    return {
+        "model": ((), _model),
+        "tokenizer": (("model",), _tokenizer),
+        "chat": (("model", "tokenizer"), _chat),
+        "placement": (("model",), _placement),
+        "fit": (("model", "placement"), _fit),
+    }

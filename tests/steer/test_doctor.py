@@ -1,0 +1,120 @@
+"""What `steer doctor` says of the machine and of a model, before anyone waits for it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llama_3.tokenizer import load_tokenizer
+from steer.cli import main
+from steer.cli.model_checks import PARAGRAPH
+from steer.config import DEMO_MODEL
+from tests.tiny import hf_config, tiny_config, write_tiny_checkpoint
+
+Doctor = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Exit code and checks by name; `model` in the working folder is a tiny real one."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_tiny_checkpoint(tmp_path / "model")
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        code = main(["doctor", "--json", *arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        checks = {entry["check"]: entry for entry in map(json.loads, out.splitlines())}
+        assert all(set(entry) == {"check", "ok", "value", "message"} for entry in checks.values())
+        assert code == (0 if all(entry["ok"] for entry in checks.values()) else 1)
+        return code, checks
+
+    return run
+
+
+def test_the_machine_and_the_shipped_model_are_well(doctor: Doctor, tmp_path: Path) -> None:
+    code, checks = doctor()
+    assert code == 0, checks
+    assert checks["data"]["value"] == str(tmp_path / "home")
+    assert "huggingface_hub" in checks["packages"]["value"] and "downloads are" in checks["hub"]["value"]
+    assert checks["model"]["value"].startswith("the demo: Llama, 8 layers of 384, 6 heads on 2, 14.2 M parameters")
+    assert checks["tokenizer"]["value"].endswith("4,096 tokens of the model's 4,096")
+    assert "llama-3" in checks["chat"]["value"]
+    assert "GiB free (weights " in checks["fit"]["value"]
+    assert "quantize" not in checks
+
+
+def test_what_does_not_ship_is_found(doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("steer.cli.doctor.DEMO_MODEL", tmp_path / "gone")
+    code, checks = doctor()
+    assert code == 1 and not checks["shipped"]["ok"]
+
+
+def test_the_checks_are_of_the_model_that_is_named(doctor: Doctor) -> None:
+    code, checks = doctor("--model", "model", "--dtype", "bfloat16", "--device", "cpu", "--chat-format", "plain")
+    assert code == 0, checks
+    assert checks["model"]["value"] == (
+        "model: Llama, 2 layers of 32, 4 heads on 2, 0.0 M parameters, safetensors, float32"
+    )
+    assert checks["tokenizer"]["value"] == "Tiktoken, 272 tokens of the model's 272"
+    assert "plain, as asked for" in checks["chat"]["value"]
+    assert checks["placement"]["value"] == "cpu, bfloat16 (as asked for)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "check", "why", "left_out"),
+    [
+        (
+            ("--model", "gone"),
+            "model",
+            "there is no model folder gone; hint: ",
+            {"tokenizer", "chat", "placement", "fit"},
+        ),
+        (("--device", "cuda:99"), "placement", "cuda:99", {"fit"}),
+        (("--dtype", "int3"), "placement", "`int3` is no dtype", {"fit"}),
+        (("--chat-format", "nope"), "chat", "nope", set()),
+    ],
+)
+def test_a_check_whose_ground_is_missing_is_left_out(
+    flags: tuple[str, ...], check: str, why: str, left_out: set[str], doctor: Doctor
+) -> None:
+    code, checks = doctor(*flags)
+    assert code == 1 and not checks[check]["ok"] and why in checks[check]["message"]
+    assert {"model", "tokenizer", "chat", "placement", "fit"} - set(checks) == left_out
+
+
+def test_a_tokenizer_of_another_model_is_told(doctor: Doctor, tmp_path: Path) -> None:
+    config = hf_config(tiny_config(vocab_size=264))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:264].clone()
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"added_tokens_decoder": {"256": {"content": "<|begin_of_text|>"}, "290": {"content": "<|eot_id|>"}}}
+        )
+    )
+    code, checks = doctor("--model", "model")
+    assert code == 1
+    assert not checks["tokenizer"]["ok"] and "ids go up to 290 and the model's to 263" in checks["tokenizer"]["message"]
+    assert "chat" not in checks and checks["fit"]["ok"]
+
+
+def test_a_model_that_does_not_fit_fails_the_check(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.device.available_memory", lambda device: 1000)
+    code, checks = doctor("--model", "model")
+    assert (
+        code == 1
+        and checks["fit"]["message"].startswith("model needs 0.00 GiB on cpu")
+        and "hint: " in checks["fit"]["message"]
+    )
+
+
+def test_the_paragraph_is_about_200_tokens(doctor: Doctor) -> None:
+    assert 180 <= len(load_tokenizer(DEMO_MODEL).encode(PARAGRAPH)) <= 300
