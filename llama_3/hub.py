@@ -30,6 +30,7 @@ SMALL = (
     "tokenizer.model",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 """Everything but weights, fetched where it is there."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -59,6 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments or not (isinstance(error, MemoryError) or "memory" in str(error)):
             raise
         why = str(error).partition("\n")[0] or "no more could be had"
-        hint = "a smaller model, SAE or batch, fewer tokens, or `--dtype bfloat16` needs less"
+        hint = "a smaller model, SAE or batch, fewer tokens, `--dtype bfloat16` or `--quantize int8` needs less"
         print(render(SteerError(f"the memory does not suffice: {why}", hint)), file=sys.stderr)
         return ExitCode.MISTAKE

@@ -33,13 +33,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 _SHARED: dict[str, Any] = {
     "model": Annotated[
         str | None,
-        typer.Option(help="Folder, .gguf file or Hugging Face id (org/name); without it, the demo.", metavar="MODEL"),
+        typer.Option(
+            help="Folder, .gguf file or Hugging Face id (org/name[@revision]); without it, the demo.", metavar="MODEL"
+        ),
     ],
     "sae": Annotated[str | None, typer.Option(help="Folder of the SAE.", metavar="DIR")],
     "labels": Annotated[str | None, typer.Option(help="Label index.", metavar="FILE")],
     "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on, or mps.")],
     "dtype": Annotated[str | None, typer.Option(help="auto (`doctor` says which), float32, bfloat16 or float16.")],
-    "quantize": Annotated[str | None, typer.Option(help="Weights in int8 or int4: less memory, less exact; or none.")],
+    "quantize": Annotated[
+        str | None, typer.Option(help="Weights in fewer bits: less memory, less exact.", metavar="none|int8|int4")
+    ],
     "chat_format": Annotated[
         str | None, typer.Option(help="How dialogs are written; without it, what the model says.", metavar="NAME")
     ],

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -397,6 +399,12 @@ def test_a_disk_that_fills_up_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     sentence, hint = refused("org/tiny")
     assert sentence == "the disk is full while downloading config.json of org/tiny" and "again" in hint
+
+
+def test_the_library_waits_until_it_is_needed() -> None:
+    code = "import sys, llama_3.hub, steer.config; print('huggingface_hub' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
 
 
 def test_a_models_name_comes_from_its_place(tmp_path: Path) -> None:
