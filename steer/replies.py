@@ -220,14 +220,17 @@ class Replies:
         fresh = next((p for p in range(shared) if held.sets[p] != self._at(p)), shared)
         held.forget_traces(fresh)
         tokens = list(held.tokens)
+        if self._steerer is not None:
+            self._steerer.recording = False  # what is below the hook has not changed, so the hits have not
         for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self._hooks):
             end = held.cache.lengths[0]
             held.sets[fresh:end] = [self._at(p) for p in range(fresh, end)]
             fresh = end
-            self._hits_by_row()  # those that are held already
             self._note({})
             if stop.is_set():
                 break
+        if self._steerer is not None:
+            self._steerer.recording = self.recording
         held.cut(fresh)
         row.hits = list(held.hits)
 
