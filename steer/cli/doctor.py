@@ -128,12 +128,6 @@ def _shipped(settings: Settings) -> str:
     return str(DEMO_MODEL.parent)
 
 
-def _folder(path: str | None, file: str) -> str:
-    if path is not None and not (Path(path) / file).is_file():
-        raise SteerError(f"`{path}` has no {file}")
-    return path or ""
-
-
 CHECKS: dict[str, Check] = {
     "steer": lambda settings: __version__,
     "python": _python,
@@ -146,7 +140,6 @@ CHECKS: dict[str, Check] = {
     "hub": _hub,
     "log": lambda settings: str(log_path()),
     "shipped": _shipped,
-    "sae": lambda settings: _folder(settings.sae, "cfg.json") or settings.describe()["sae"],
     "settings": lambda settings: ", ".join(
         f"{name} {value}" for name, value in settings.describe().items() if name != "file"
     ),

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steer.config import DEMO_MODEL, Settings
+from steer.config import DEMO_MODEL, DEMO_SAE, Settings
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
     from llama_3.config import ModelConfig
     from llama_3.tokenizer import Tokenizer
+    from sae.model import SAEConfig
     from steer.device import Placement
 
 PARAGRAPH = """\
@@ -64,6 +65,21 @@ class Subject:
 
         return choose_placement(self.settings.device, self.settings.dtype, self.config, self.path)
 
+    @cached_property
+    def sae(self) -> SAEConfig | None:
+        """The SAE that goes with the model: the one named, with the demo the one that ships, else none."""
+        from sae.checkpoint import read_config
+
+        folder = self.settings.sae or (None if self.settings.model else DEMO_SAE)
+        return None if folder is None else read_config(folder)
+
+    @property
+    def kept_layers(self) -> int:
+        """Blocks that are not quantised: those up to the SAE's hook, which the SAE was trained on as they are."""
+        from llama_3.hooks import HookPoint
+
+        return HookPoint.parse(self.sae.hook).layer + 1 if self.sae else 0
+
 
 def _model(subject: Subject) -> str:
     from llama_3.checkpoint import parameter_count, stored_dtype
@@ -94,6 +110,17 @@ def _chat(subject: Subject) -> str:
     return load_chat_format(subject.path, subject.tokenizer, subject.settings.chat_format).note
 
 
+def _sae(subject: Subject) -> str:
+    sae = subject.sae
+    if sae is None:
+        return subject.settings.describe()["sae"]
+    if sae.d_in != subject.config.d_model:
+        raise SteerError(
+            f"the SAE reads a width of {sae.d_in} and the model has {subject.config.d_model}", "it is another model's"
+        )
+    return f"{sae.d_sae:,} latents at {sae.hook}"
+
+
 def _placement(subject: Subject) -> str:
     placement = subject.placement
     dtype = "as stored" if placement.dtype == "auto" else str(placement.dtype).removeprefix("torch.")
@@ -103,9 +130,12 @@ def _placement(subject: Subject) -> str:
 def _fit(subject: Subject) -> str:
     from steer.device import check_fit, gib
 
-    file = Path(subject.settings.sae or "") / "sae.safetensors"
-    sae_bytes = file.stat().st_size if subject.settings.sae and file.is_file() else 0
-    fit = check_fit(subject.config, subject.path, subject.placement, subject.scheme, sae_bytes)
+    sae = subject.sae
+    sae_bytes = 2 * 4 * sae.d_in * sae.d_sae if sae else 0
+    kept = subject.kept_layers
+    fit = check_fit(
+        subject.config, subject.path, subject.placement, subject.scheme, sae_bytes=sae_bytes, kept_layers=kept
+    )
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.parts.items() if size)
     free = "an unknown amount" if fit.available is None else f"{gib(fit.available)} GiB"
     return f"{gib(fit.needed)} GiB of {free} free ({parts})"
@@ -117,6 +147,7 @@ def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[
         "model": ((), _model),
         "tokenizer": (("model",), _tokenizer),
         "chat": (("model", "tokenizer"), _chat),
+        "sae": (("model",), _sae),
         "placement": (("model",), _placement),
-        "fit": (("model", "placement"), _fit),
+        "fit": (("model", "placement", "sae"), _fit),
     }

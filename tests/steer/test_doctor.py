@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from llama_3.tokenizer import load_tokenizer
 from steer.cli import main
 from steer.cli.model_checks import PARAGRAPH
-from steer.config import DEMO_MODEL
+from steer.config import DEMO_MODEL, DEMO_SAE
 from tests.tiny import hf_config, tiny_config, write_tiny_checkpoint
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
@@ -46,7 +46,8 @@ def test_the_machine_and_the_shipped_model_are_well(doctor: Doctor, tmp_path: Pa
     assert checks["model"]["value"].startswith("the demo: Llama, 8 layers of 384, 6 heads on 2, 14.2 M parameters")
     assert checks["tokenizer"]["value"].endswith("4,096 tokens of the model's 4,096")
     assert "llama-3" in checks["chat"]["value"]
-    assert "GiB free (weights " in checks["fit"]["value"]
+    assert "GiB free (weights " in checks["fit"]["value"] and "SAE " in checks["fit"]["value"]
+    assert "4,096 latents at blocks." in checks["sae"]["value"]
     assert "quantize" not in checks
 
 
@@ -104,6 +105,14 @@ def test_a_tokenizer_of_another_model_is_told(doctor: Doctor, tmp_path: Path) ->
     assert code == 1
     assert not checks["tokenizer"]["ok"] and "ids go up to 290 and the model's to 263" in checks["tokenizer"]["message"]
     assert "chat" not in checks and checks["fit"]["ok"]
+
+
+def test_the_sae_must_be_one_of_this_model(doctor: Doctor) -> None:
+    code, checks = doctor("--model", "model", "--sae", str(DEMO_SAE))
+    assert code == 1 and "reads a width of 384 and the model has 32" in checks["sae"]["message"]
+    assert "fit" not in checks
+    code, checks = doctor("--sae", "gone")
+    assert code == 1 and "there is no SAE folder gone" in checks["sae"]["message"]
 
 
 def test_a_model_that_does_not_fit_fails_the_check(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
