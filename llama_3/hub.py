@@ -233,7 +233,7 @@ def _download(wanted: HubId) -> Path:
 
     if constants.is_offline_mode():
         unfinished = _snapshot(wanted) is not None
-        what = "is in the local cache only in part" if unfinished else "is not in the local cache"
+        what = "is in the cache only in part" if unfinished else "is neither a local folder nor in the cache"
         raise _explained(
             FileNotFoundError,
             f"{wanted} {what}, and downloads are switched off",
@@ -331,11 +331,13 @@ def _told(error: Exception, wanted: HubId, file: str | None = None) -> OSError:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return _explained(OSError, f"cannot write {error.filename}: {error.strerror}", "set HF_HOME to another folder")
     kind = type(causes[-1]).__name__
-    if file is not None and not isinstance(error, errors.LocalEntryNotFoundError):
+    if file is not None:
         return _explained(OSError, f"the download of {what} broke off ({kind})", again)
     hint = "check the connection (and HF_ENDPOINT, when it is set), or give the path of a local folder"
     return _explained(
-        ConnectionError, f"{what} is not in the local cache, and the Hub cannot be reached ({kind})", hint
+        ConnectionError,
+        f"{wanted} is neither a local folder nor in the cache, and the Hub cannot be reached ({kind})",
+        hint,
     )
 
 

@@ -337,7 +337,7 @@ def test_an_unfinished_copy_is_never_taken_as_whole(hub: Hub, tmp_path: Path, mo
     repo = tmp_path / "cache" / "models--org--tiny"
     assert not (repo / "refs" / "main").exists() and not (repo / "snapshots" / COMMIT / "model.safetensors").exists()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused("org/tiny", FileNotFoundError)[0].startswith("org/tiny is in the local cache only in part")
+    assert refused("org/tiny", FileNotFoundError)[0].startswith("org/tiny is in the cache only in part")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.cut = 0
     hub.asked.clear()
@@ -353,7 +353,7 @@ def test_a_cache_of_other_tools_needs_no_request(hub: Hub, tmp_path: Path, monke
     shutil.rmtree(snapshot.parents[1] / "refs")  # one snapshot, and no branch is named
     assert resolve_model("org/tiny") == snapshot
     sentence, hint = refused("org/tiny@v2", FileNotFoundError)
-    assert sentence.startswith("org/tiny@v2 is not in the local cache") and "HF_HUB_OFFLINE" in hint
+    assert sentence.startswith("org/tiny@v2 is neither a local folder nor in the cache") and "HF_HUB_OFFLINE" in hint
     assert hub.asked == []
 
 
@@ -381,7 +381,10 @@ def test_no_network_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
         taken.bind(("127.0.0.1", 0))  # bound and not listening: whoever comes is turned away
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         sentence, hint = refused("org/tiny", ConnectionError)
-    assert "org/tiny is not in the local cache, and the Hub cannot be reached" in sentence and "local folder" in hint
+    assert (
+        "org/tiny is neither a local folder nor in the cache, and the Hub cannot be reached" in sentence
+        and "local folder" in hint
+    )
 
 
 def test_too_little_disk_is_told_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
