@@ -1,14 +1,16 @@
 """What a Llama is made of, and which of the layouts people keep checkpoints in a path holds.
 
-`find_layout` looks at file names only: Hugging Face safetensors, then `pytorch_model.bin`, then Meta's `params.json` and
-`consolidated.NN.pth` (also inside `original/`), then one `.gguf` file. `read_config` turns the numbers that lie beside
-the weights into a `ModelConfig` and refuses, in one sentence, every variant whose arithmetic differs from Llama 3's.
-How each layout is read stands in `huggingface.py`, `meta.py` and `gguf_file.py`; they are imported on use, so that this
-file stays free of torch.
+`find_layout` looks at file names only: Hugging Face safetensors, then `pytorch_model.bin`, then Meta's `params.json`
+and `consolidated.NN.pth` (also inside `original/`), then one `.gguf` file. `read_config` turns the numbers that lie
+beside the weights into a `ModelConfig` and refuses, in one sentence, every variant whose arithmetic differs from Llama
+3's. How each layout is read stands in `huggingface.py`, `meta.py` and `gguf_file.py`; they are imported on use, so that
+this file stays free of torch.
 """
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,13 +197,14 @@ def described(value: object) -> str:
     return ascii(str(value)[:80])[1:-1]
 
 
-def parsing_error(path: Path, error: Exception) -> ValueError:
-    """The sentence for a config that lacks a key or holds a value of the wrong type; our own sentences pass through."""
-    if isinstance(error, ValueError) and hasattr(error, "hint"):
-        return error
-    what = (
-        f"{error.args[0]} is missing"
-        if isinstance(error, KeyError)
-        else f"a value has the wrong type ({described(error)})"
-    )
-    return config_error(f"{path} does not describe a Llama: {what}")
+@contextmanager
+def describing_a_llama(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while numbers are taken out of `path` into one sentence; our own sentences pass through."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        if hasattr(error, "hint"):
+            raise
+        missing = isinstance(error, KeyError)
+        what = f"{error.args[0]} is missing" if missing else f"a value has the wrong type ({described(error)})"
+        raise config_error(f"{path} does not describe a Llama: {what}") from error

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_3.config import ModelConfig, RopeScaling, config_error, described, find_layout, parsing_error
+from llama_3.config import ModelConfig, RopeScaling, config_error, described, describing_a_llama, find_layout
 from llama_3.meta import special_ids
 from llama_3.tensor_files import RawFile, damaged
 
@@ -145,11 +145,9 @@ def read_config(path: Path) -> ModelConfig:
     """What the metadata says; ValueError for anything but a plain Llama."""
     header = read_header(path)
     _refuse_other_models(header.metadata, path)
-    try:
+    with describing_a_llama(path):
         config = _model_config(header)
         return _with_rope(config, _rope_factors(path, header))
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise parsing_error(path, error) from error
 
 
 def _refuse_other_models(raw: dict[str, Any], path: Path) -> None:

@@ -16,8 +16,8 @@ from llama_3.config import (
     RopeScaling,
     config_error,
     described,
+    describing_a_llama,
     missing_file,
-    parsing_error,
     read_json,
     token_ids,
 )
@@ -31,10 +31,8 @@ def read_config(folder: Path) -> ModelConfig:
     if raw is None:
         raise missing_file(f"there is no config.json in {folder}", "download the model's config.json as well")
     _refuse_other_models(raw, path)
-    try:
+    with describing_a_llama(path):
         return _model_config(raw, path)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise parsing_error(path, error) from error
 
 
 def _model_config(raw: dict[str, Any], path: Path) -> ModelConfig:
@@ -114,8 +112,9 @@ class HuggingFaceWeights:
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
         self._where: dict[str, SafetensorsFile | PickleFile] = {}
         for path in files:
-            kind = SafetensorsFile if path.suffix == ".safetensors" else PickleFile
-            file = stack.enter_context(kind(path))
+            file: SafetensorsFile | PickleFile
+            file = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+            stack.enter_context(file)
             self._where.update(dict.fromkeys(file.shapes, file))
         self.shapes = {name: file.shapes[name] for name, file in self._where.items()}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_3.config import ModelConfig, RopeScaling, config_error, missing_file, parsing_error, read_json
+from llama_3.config import ModelConfig, RopeScaling, config_error, describing_a_llama, missing_file, read_json
 from llama_3.tensor_files import MAPPED_BYTES, PickleFile
 
 LLAMA_3_VOCABULARY = 128_256
@@ -28,13 +28,10 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     if raw is None:
         raise missing_file(f"there is no params.json in {folder}", "download it from where the .pth files came from")
-    try:
+    with describing_a_llama(path), ExitStack() as stack:
         raw = {**raw, **raw.get("model", {})}
-        with ExitStack() as stack:
-            weights = MetaWeights(weight_files(folder), int(raw["dim"]), stack)
-            return _model_config(raw, weights)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise parsing_error(path, error) from error
+        weights = MetaWeights(weight_files(folder), int(raw["dim"]), stack)
+        return _model_config(raw, weights)
 
 
 def _model_config(raw: dict[str, Any], weights: "MetaWeights") -> ModelConfig:

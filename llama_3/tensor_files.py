@@ -52,7 +52,7 @@ class RawFile:
             raise damaged(self.path, f"{offset + count:,} bytes are needed")
         if len(self._buffer) < count:
             self._buffer = torch.empty(count, dtype=torch.uint8)
-        wanted = memoryview(self._buffer.numpy())[:count]
+        wanted = self._buffer.numpy().data[:count]
         self._file.seek(offset)
         got = 0
         while got < count:
@@ -75,7 +75,9 @@ class SafetensorsFile(RawFile):
             self._read_header()
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             self._file.close()
-            raise error if hasattr(error, "hint") else damaged(path, described(error)) from error
+            if hasattr(error, "hint"):
+                raise
+            raise damaged(path, described(error)) from error
 
     def _read_header(self) -> None:
         length = int.from_bytes(self.read(0, 8).numpy().tobytes(), "little")
