@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from llama_3.hub import parse_hub_id
 from steer.errors import SteerError, sentence
@@ -86,6 +86,11 @@ class Settings:
         if self.quantize not in (None, *QUANTIZE):
             raise SteerError(f"quantize is {clean(str(self.quantize))}", f"choose {', '.join(QUANTIZE)}")
         self.sampling(Sampling())
+
+    @property
+    def scheme(self) -> Literal["int8", "int4"] | None:
+        """The quantisation to load with; None for none."""
+        return None if self.quantize in (None, "none") else cast(Literal["int8", "int4"], self.quantize)
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """`defaults` under what these settings give of temperature, top-p, penalties and the rest."""

@@ -47,7 +47,7 @@ def load_engine(settings: Settings) -> Engine:
     """The engine itself, with the model and the SAE that capture and training need."""
     from steer.engine import Engine
 
-    more: dict[str, Any] = {} if settings.quantize in (None, "none") else {"quantize": settings.quantize}
+    more: dict[str, Any] = {"quantize": settings.scheme} if settings.scheme else {}
     more |= {} if settings.chat_format is None else {"chat_format": settings.chat_format}
     more |= {"compile": True} if settings.compile else {}
     return Engine.load(

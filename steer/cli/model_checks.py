@@ -39,7 +39,6 @@ class Subject:
 
     def __init__(self, settings: Settings, text: Path | None = None) -> None:
         self.settings, self.text = settings, text
-        self.scheme = None if settings.quantize == "none" else settings.quantize
 
     @cached_property
     def path(self) -> Path:
@@ -134,7 +133,7 @@ def _fit(subject: Subject) -> str:
     sae_bytes = 2 * 4 * sae.d_in * sae.d_sae if sae else 0
     kept = subject.kept_layers
     fit = check_fit(
-        subject.config, subject.path, subject.placement, subject.scheme, sae_bytes=sae_bytes, kept_layers=kept
+        subject.config, subject.path, subject.placement, subject.settings.scheme, sae_bytes=sae_bytes, kept_layers=kept
     )
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.parts.items() if size)
     free = "an unknown amount" if fit.available is None else f"{gib(fit.available)} GiB"
