@@ -147,7 +147,9 @@ def estimate(
     weights = parameter_count(config) * width
     if scheme in SCHEMES:
         matrices = config.d_model * (2 * q + 2 * kv + 3 * config.d_ff) * max(0, config.n_layers - kept_layers)
-        weights -= int(matrices * (width - SCHEMES[scheme]))
+        head = config.vocab_size * config.d_model
+        # The head takes int8 at most; a tied embedding stays beside it.
+        weights += int(head * (SCHEMES["int8"] - (0 if config.tied else width)) - matrices * (width - SCHEMES[scheme]))
     working = CHUNK * (3 * config.d_ff + 6 * config.d_model) * 4 + 8 * config.vocab_size * 4
     cache = 2 * config.n_layers * kv * tokens * width
     return {"weights": weights, f"cache of {tokens:,} tokens": cache, "working memory": working}

@@ -39,6 +39,8 @@ def doctor(
     json: Json = False,
 ) -> int:
     """Check the environment and the model: versions, devices, memory, folders, what fits, what quantising costs."""
+    if text is not None and settings.scheme is None:
+        raise SteerError("--text is what --quantize is measured on", "add `--quantize int8`")
     failed = {name for name, check in CHECKS.items() if not _tell(name, partial(check, settings), json)}
     subject = Subject(settings, text)
     for name, (needs, of_model) in model_checks(subject).items():

@@ -64,6 +64,15 @@ class Subject:
 
         return choose_placement(self.settings.device, self.settings.dtype, self.config, self.path)
 
+    def read_text(self) -> str:
+        """What to measure on: the text given, else a paragraph of our own."""
+        if self.text is None:
+            return PARAGRAPH
+        try:
+            return self.text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SteerError(f"`{self.text}` is no text in UTF-8") from error
+
     @cached_property
     def sae(self) -> SAEConfig | None:
         """The SAE that goes with the model: the one named, with the demo the one that ships, else none."""
@@ -140,9 +149,29 @@ def _fit(subject: Subject) -> str:
     return f"{gib(fit.needed)} GiB of {free} free ({parts})"
 
 
+def _quantize(subject: Subject) -> str:
+    from llama_3.checkpoint import stored_dtype
+    from llama_3.quantize import quantization_cost
+    from steer.device import check_fit
+
+    scheme, placement = subject.settings.scheme, subject.placement
+    assert scheme is not None
+    check_fit(subject.config, subject.path, placement)  # it is compared with the model as it is
+    tokens = subject.tokenizer.encode(subject.read_text(), bos=True)[: min(MOST_TOKENS, subject.config.max_context)]
+    if len(tokens) < 2:
+        raise SteerError(f"`{subject.text}` holds no text to measure on")
+    dtype = stored_dtype(subject.path) if placement.dtype == "auto" else placement.dtype
+    cost = quantization_cost(subject.path, scheme, subject.kept_layers, tokens, placement.device, dtype)
+    kept = f", {subject.kept_layers} of {subject.config.n_layers} layers kept" if subject.kept_layers else ""
+    return (
+        f"{scheme}{kept}: KL {cost.mean_kl:.2g} nats a token on average, {cost.max_kl:.2g} at most, "
+        f"the same likeliest token at {cost.same_top:.1%} of {len(tokens)}"
+    )
+
+
 def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]]:
     """The checks by name, each with those that must have gone well before it."""
-    return {
+    checks: dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]] = {
         "model": ((), _model),
         "tokenizer": (("model",), _tokenizer),
         "chat": (("model", "tokenizer"), _chat),
@@ -150,3 +179,6 @@ def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[
         "placement": (("model",), _placement),
         "fit": (("model", "placement", "sae"), _fit),
     }
+    if subject.settings.scheme is not None:
+        checks["quantize"] = (tuple(checks), _quantize)
+    return checks

@@ -108,9 +108,18 @@ def test_the_estimate_of_a_known_model() -> None:
     assert estimate(LLAMA_8B, torch.bfloat16, context=1024)["cache of 1,024 tokens"] == GIB // 8
     int8, int4 = (estimate(LLAMA_8B, torch.bfloat16, scheme)["weights"] for scheme in ("int8", "int4"))
     assert 8.0 < int8 / GIB < 9.0 and 5.0 < int4 / GIB < 6.0
-    kept = estimate(LLAMA_8B, torch.bfloat16, "int8", kept_layers=16)["weights"]
-    assert kept == pytest.approx((int8 + parts["weights"]) / 2, rel=1e-6)
-    assert estimate(LLAMA_8B, torch.bfloat16, "int8", kept_layers=32)["weights"] == parts["weights"]
+    whole, half, none = (
+        estimate(LLAMA_8B, torch.bfloat16, "int8", kept_layers=kept)["weights"] for kept in (0, 16, 32)
+    )
+    assert whole == int8 and none - half == pytest.approx(half - whole, abs=1)
+    head = LLAMA_8B.vocab_size * LLAMA_8B.d_model
+    assert parts["weights"] - none == pytest.approx(0.99 * head, abs=1)
+    tied = replace(LLAMA_8B, tied=True)
+    saved = [
+        estimate(config, torch.bfloat16)["weights"] - estimate(config, torch.bfloat16, "int8")["weights"]
+        for config in (LLAMA_8B, tied)
+    ]
+    assert saved[0] - saved[1] == pytest.approx(2 * head, abs=1)
 
 
 def refusal(

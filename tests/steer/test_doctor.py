@@ -1,6 +1,7 @@
 """What `steer doctor` says of the machine and of a model, before anyone waits for it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,41 @@ def test_a_model_that_does_not_fit_fails_the_check(doctor: Doctor, monkeypatch: 
         and checks["fit"]["message"].startswith("model needs 0.00 GiB on cpu")
         and "hint: " in checks["fit"]["message"]
     )
+
+
+def test_what_quantising_costs(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--model", "model", "--device", "cpu", "--quantize")
+    tokens = len(load_tokenizer(tmp_path / "model").encode(PARAGRAPH, bos=True))
+    found = {}
+    for scheme in ("int8", "int4"):
+        code, checks = doctor(*flags, scheme)
+        assert code == 0, checks
+        numbers = re.match(
+            rf"{scheme}: KL (\S+) nats a token on average, (\S+) at most, the same likeliest token at (\S+)% of (\d+)",
+            checks["quantize"]["value"],
+        )
+        assert numbers is not None, checks["quantize"]
+        found[scheme] = [float(number) for number in numbers.groups()]
+        assert found[scheme][0] <= found[scheme][1] and found[scheme][3] == min(256, tokens)
+    assert 0 < found["int8"][0] < 0.01 < found["int4"][0]
+    (tmp_path / "short.txt").write_text("A text.")
+    code, checks = doctor(*flags, "int8", "--text", "short.txt")
+    assert code == 0 and checks["quantize"]["value"].endswith("of 8")
+    for name, content, why in (
+        ("empty.txt", b"", "no text to measure on"),
+        ("raw.txt", b"\xff\xfe", "no text in UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        code, checks = doctor(*flags, "int8", "--text", name)
+        assert code == 1 and why in checks["quantize"]["message"]
+    assert "No such file" in doctor(*flags, "int8", "--text", "gone.txt")[1]["quantize"]["message"]
+
+
+def test_a_text_without_a_scheme_measures_nothing(
+    doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--text", "short.txt"]) == 1
+    assert "add `--quantize int8`" in capsys.readouterr().err
 
 
 def test_the_paragraph_is_about_200_tokens(doctor: Doctor) -> None:
