@@ -47,7 +47,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // weight.shape[1]
     if rows == 1:
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if rows < _FEW or x.is_cuda or not _slow_here(x) or (torch.is_grad_enabled() and _wants_grad(x, weight)):
+    if rows < _FEW or x.is_cuda or not slow_here(x) or (torch.is_grad_enabled() and _wants_grad(x, weight)):
         return F.linear(x, weight)
     x_RD = x.reshape(rows, -1)
     if x.dtype != torch.float32:
@@ -79,7 +79,7 @@ def _wants_grad(x: Tensor, weight: Tensor) -> bool:
     return x.requires_grad or weight.requires_grad
 
 
-def _slow_here(x: Tensor) -> bool:
+def slow_here(x: Tensor) -> bool:
     """Whether torch's product of such rows is known to be slow: x86 without AVX-512, so without bf16 instructions."""
     return x.device.type == "cpu" and x.dtype in _SLOW
 
