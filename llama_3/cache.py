@@ -7,6 +7,7 @@ Suffixes: B rows, H key-value heads, S slots, N head dim, D d_model.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,25 @@ from llama_3.hooks import HookPoint
 
 Slots = slice | tuple[Tensor, Tensor, Tensor]
 """Slots that are the same for all rows, or (row, slot, token) indices of the real tokens where rows differ in length."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, views of the whole: all that a block sees of a cache."""
+
+    keys: Tensor
+    """(B, H, S, N), as `values`."""
+    values: Tensor
+
+    def write(self, k_BHTN: Tensor, v_BHTN: Tensor, where: Slots) -> None:
+        """Store new keys and values. Lengths change only with `KVCache.advance`, after all layers have written."""
+        if isinstance(where, slice):
+            self.keys[:, :, where] = k_BHTN
+            self.values[:, :, where] = v_BHTN
+        else:
+            row, slot, token = where
+            self.keys[row, :, slot] = k_BHTN[row, :, token]
+            self.values[row, :, slot] = v_BHTN[row, :, token]
 
 
 class KVCache:
@@ -54,10 +74,10 @@ class KVCache:
             )
 
     def _view(self) -> None:
-        """Per-layer (B, H, S, N) views of the rows in use: indexing the big tensor at every token would cost more."""
+        """Per-layer views of the rows in use: indexing the big tensor at every token would cost more."""
         with torch.inference_mode(False):
-            self.keys = list(self._keys[:, : self.rows].unbind(0))
-            self.values = list(self._values[:, : self.rows].unbind(0))
+            pairs = zip(self._keys[:, : self.rows].unbind(0), self._values[:, : self.rows].unbind(0), strict=True)
+            self.layers = [LayerCache(keys, values) for keys, values in pairs]
 
     @property
     def rows(self) -> int:
@@ -118,16 +138,6 @@ class KVCache:
             self._resid_BSD = None if self._resid_BSD is None else self._resid_BSD[rows]
         self.lengths = [self.lengths[r] for r in rows]
         self._view()
-
-    def write(self, layer: int, k_BHTN: Tensor, v_BHTN: Tensor, where: Slots) -> None:
-        """Store new keys and values of one layer. Lengths change only with `advance`, after all layers have written."""
-        if isinstance(where, slice):
-            self.keys[layer][:, :, where] = k_BHTN
-            self.values[layer][:, :, where] = v_BHTN
-        else:
-            row, slot, token = where
-            self.keys[layer][row, :, slot] = k_BHTN[row, :, token]
-            self.values[layer][row, :, slot] = v_BHTN[row, :, token]
 
     def write_kept(self, resid_BTD: Tensor, where: Slots) -> None:
         """Store the residual at `kept_at`."""

@@ -17,27 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_3.cache import KVCache, Slots
+from llama_3.cache import KVCache, LayerCache, Slots
 from llama_3.config import ModelConfig
 from llama_3.hooks import SITES, HookPoint, Hooks, Span
-
-
-class Linear(nn.Module):
-    """`x @ weight.T` without bias; a single row goes through `mv`, which reads the weight faster on a CPU."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` over the last dimension."""
-    if x.numel() == weight.shape[1]:
-        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+from llama_3.linear import Linear, project
 
 
 class RMSNorm(nn.Module):
@@ -145,22 +128,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
-        self.head_dim = config.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.z = HookPoint(layer, "attn_z")
         self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
         self.out = Linear(config.n_heads * config.head_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, reading: Reading, cache: KVCache | None, tap: "Tap | None" = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading, cache: LayerCache | None, tap: "Tap | None" = None) -> Tensor:
         B, T, _ = x_BTD.shape
         H, K, N = self.n_heads, self.n_kv_heads, self.head_dim
         qkv_BTHN = self.qkv(x_BTD).view(B, T, H + 2 * K, N)
         qk_BTHN = rotate(qkv_BTHN[:, :, : H + K], reading.cos, reading.sin)
         k, v = qk_BTHN[:, :, H:].transpose(1, 2), qkv_BTHN[:, :, H + K :].transpose(1, 2)
         if cache is not None:
-            cache.write(self.layer, k, v, reading.where)
+            cache.write(k, v, reading.where)
             if not reading.causal:
-                k, v = cache.keys[self.layer][:, :, : reading.end], cache.values[self.layer][:, :, : reading.end]
+                k, v = cache.keys[:, :, : reading.end], cache.values[:, :, : reading.end]
         if T == 1:  # the query heads of a group stand as the queries of their key head: no head is repeated
             q = qk_BTHN[:, :, :H].reshape(B, K, H // K, N)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask).reshape(B, 1, H * N)
@@ -228,7 +210,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, reading: Reading, cache: KVCache | None, tap: Tap | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading, cache: LayerCache | None, tap: Tap | None) -> Tensor:
         if tap is None:
             x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), reading, cache)
             x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
@@ -254,6 +236,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size)
         self.rope = Rope(config)
+        self._compiled = False
         if not self.embedding_VD.is_meta:
             self.initialise()
 
@@ -266,10 +249,16 @@ class Transformer(nn.Module):
                 writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.n_layers) if writes else std)
 
+    def compile_blocks(self) -> None:
+        """Let torch compile the step that reads one token a row. Blocks with hooks, and prompts, run as written."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
+        self._compiled = True
+
     @property
     def unembedding_VD(self) -> Tensor:
         """The weight that turns a normed residual into logits: the embedding itself when tied."""
-        return self.embedding_VD if self.head is None else self.head.weight
+        return self.embedding_VD if self.config.tied or self.head is None else self.head.weight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -340,7 +329,9 @@ class Transformer(nn.Module):
             if rerun and tap is not None and kept_at is not None and kept_at.layer < first:
                 resid_BTD = tap(kept_at, resid_BTD)
             for layer, block in islice(enumerate(self.blocks), first, None):
-                resid_BTD = block(resid_BTD, reading, cache, tap if layer in tapped else None)
+                own_tap = tap if layer in tapped else None
+                run = block.forward if self._compiled and (T > 1 or own_tap is not None) else block
+                resid_BTD = run(resid_BTD, reading, cache.layers[layer] if cache is not None else None, own_tap)
         except _Reached as reached:
             return reached.x_BTD
         if cache is not None:
