@@ -1,0 +1,74 @@
+"""Commands on a model of the Hub: fetched once, then from the cache; what goes wrong on the way is one sentence."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from steer.cli import main
+from tests.llama_3.fake_hub import SECRET, Hub, serve_hub
+from tests.tiny import write_tiny_checkpoint
+
+Steer = Callable[..., tuple[int, list[Any], str]]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    torch.set_num_threads(1)
+    write_tiny_checkpoint(tmp_path / "written")
+    with serve_hub(tmp_path, monkeypatch) as hub:
+        hub.repos["org/tiny"] = {file.name: file.read_bytes() for file in (tmp_path / "written").iterdir()}
+        yield hub
+
+
+@pytest.fixture
+def steer(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Steer:
+    """Exit code, JSON lines and stderr of a command."""
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+
+    def run(*arguments: str) -> tuple[int, list[Any], str]:
+        code = main([*arguments, "--json"])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err and SECRET not in out + err
+        return code, [json.loads(line) for line in out.splitlines()], err
+
+    return run
+
+
+def test_a_model_of_the_hub_completes_as_the_folder_does(
+    steer: Steer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("complete", "The cat", "--seed", "3", "--max-tokens", "8", "--device", "cpu")
+    code, (from_hub,), err = steer(*asked, "--model", "org/tiny")
+    assert code == 0 and len(hub.fetched()) == 3, err
+    code, (from_folder,), _ = steer(*asked, "--model", str(tmp_path / "written"))
+    assert code == 0 and from_hub["tokens"] == from_folder["tokens"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "steer.toml").write_text('model = "org/tiny"')
+    code, (from_cache,), _ = steer(*asked)
+    assert code == 0 and from_cache["tokens"] == from_hub["tokens"] and len(hub.fetched()) == 3
+
+
+def test_a_capture_says_which_files_of_the_hub_it_was_made_with(steer: Steer, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 20)
+    code, _, err = steer("capture", "text.txt", "--out", "acts", "--model", "org/tiny")
+    assert code == 0, err
+    manifest = (tmp_path / "acts" / "manifest.json").read_text()
+    assert all(name in manifest for name in ("config.json", "model.safetensors", "tokenizer.model"))
+
+
+def test_the_doctor_names_a_model_of_the_hub(steer: Steer) -> None:
+    code, checks, _ = steer("doctor", "--model", "org/tiny")
+    named = {entry["check"]: entry["value"] for entry in checks}
+    assert code == 0 and named["model"].startswith("org/tiny: Llama, 2 layers of 32")
+
+
+def test_what_goes_wrong_on_the_way_is_one_sentence(steer: Steer, hub: Hub) -> None:
+    hub.gated.add("org/tiny")
+    for model, why in (("org/tiny", "is gated"), ("org/gone", "no such model on the Hub"), ("gone", "no model folder")):
+        code, lines, err = steer("complete", "hi", "--model", model)
+        assert (code, lines) == (1, []) and err.count("error: ") == 1 and why in err and "\n\nhint: " in err
