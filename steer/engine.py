@@ -14,19 +14,21 @@ from pathlib import Path
 import torch
 
 from labels.index import Feature, LabelIndex
-from llama_3.chat_format import ChatFormat, Message
+from llama_3.chat_format import ChatFormat, Message, load_chat_format
 from llama_3.checkpoint import load_model
-from llama_3.config import read_generation_defaults
+from llama_3.config import read_config, read_generation_defaults
 from llama_3.generate import StopText
 from llama_3.hooks import HookPoint, Hooks
+from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
+from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from sae.checkpoint import load_sae
 from sae.intervene import CompiledSet, Steerer
 from sae.model import SAE
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
-from steer.device import choose_device, choose_dtype
+from steer.device import check_fit, choose_placement
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
@@ -35,7 +37,6 @@ from steer.resolve import Resolver, check_labels, check_pair
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
-BOS = "<|begin_of_text|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,13 @@ class Engine:
         *,
         name: str = "model",
         defaults: Sampling | None = None,
+        chat_format: ChatFormat | None = None,
+        quantized: Scheme | None = None,
+        reason: str = "",
     ) -> None:
         self.model, self.tokenizer, self.sae, self.index = model, tokenizer, sae, index
-        self.chat_format = ChatFormat(tokenizer)
+        self.chat_format = chat_format or ChatFormat(tokenizer)
+        self._quantized, self._reason = quantized, reason
         self._defaults = defaults or Sampling()
         self._lock = threading.Lock()
         self._held: Held | None = None
@@ -83,38 +88,66 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         threads: int | None = None,
+        quantize: Scheme | None = None,
+        chat_format: str | None = None,
+        compile: bool = False,
     ) -> Engine:
-        """The engine of a model folder, an SAE folder and a label index; the shipped demo where `model` is None.
+        """The engine of a model, an SAE folder and a label index; the shipped demo where `model` is None.
 
-        The shipped SAE and labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto
-        (see `choose_dtype`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads. Raises `SteerError`,
-        `ValueError` or `OSError` with one sentence for a folder that is wrong, damaged or does not fit.
+        `model` is a folder, a GGUF file or a hub id, which is downloaded when it is not there. The shipped SAE and
+        labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (see
+        `choose_placement`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or
+        int4, for the blocks above the SAE's hook; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of the
+        checkpoint's own; `compile` lets torch compile the blocks without hooks. Raises `SteerError`, `ValueError` or
+        `OSError` with one sentence for what is wrong, damaged, not to be had or too large.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
-        folder, where = Path(model), choose_device(device)
-        transformer = load_model(folder, choose_dtype(dtype, folder, where), where)
-        generation = read_generation_defaults(folder)
+        path = resolve_model(model)
+        config = read_config(path)
+        where = choose_placement(device, dtype, config, path)
+        encoder = load_sae(Path(sae), where.device) if sae else None
+        keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder else 0
+        check_fit(config, path, where, quantize, kept_layers=keep)
+        finish = quantizer(quantize, keep) if quantize else None
+        transformer = load_model(path, where.dtype, where.device, finish=finish)
+        if quantize:
+            quantize_head(transformer, quantize)
+        if compile:
+            transformer.compile_blocks()
+        tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
         return cls(
             transformer,
-            load_tokenizer(folder),
-            load_sae(Path(sae), where) if sae else None,
+            tokenizer,
+            encoder,
             LabelIndex(Path(labels), read_only=True) if labels else None,
-            name="Llama-Tale-14M" if folder == DEMO_MODEL else folder.resolve().name,
+            name="Llama-Tale-14M" if path == DEMO_MODEL else model_name(path),
             defaults=Sampling(generation.temperature, generation.top_p),
+            chat_format=load_chat_format(path, tokenizer, chat_format),
+            quantized=quantize,
+            reason=where.reason,
         )
 
     @property
     def info(self) -> EngineInfo:
         config, sae = self.model.config, self.sae
-        weight = self.model.unembedding_VD
-        facts = self._name, str(weight.dtype).removeprefix("torch."), str(weight.device), config.max_context
-        if sae is None:
-            return EngineInfo(*facts, notice="no SAE for this model, so no features; `steer train` makes one")
-        stats = sae.stats
-        return EngineInfo(*facts, sae.config.hook, sae.config.d_sae, sae.config.k, stats.resid_norm if stats else None)
+        dtype = str(self.model.dtype).removeprefix("torch.") + (f" and {self._quantized}" if self._quantized else "")
+        stats = sae.stats if sae else None
+        return EngineInfo(
+            self._name,
+            dtype,
+            str(self.model.device),
+            config.max_context,
+            sae.config.hook if sae else None,
+            sae.config.d_sae if sae else 0,
+            sae.config.k if sae else 0,
+            stats.resid_norm if stats else None,
+            None if sae else "no SAE for this model, so no features; `steer train` makes one",
+            self._reason,
+            self.chat_format.note,
+        )
 
     @property
     def defaults(self) -> Sampling:
@@ -224,7 +257,7 @@ class Engine:
         ask = Prompt(messages=(("user", text),)) if chat else Prompt(text=text)
         row = self._read(ask, 0)
         with self._lock, torch.inference_mode():
-            tokens_BT = torch.tensor([row.prompt], device=self.model.unembedding_VD.device)
+            tokens_BT = torch.tensor([row.prompt], device=self.model.device)
             steerer, hooks = Steerer(self.sae, self.tokenizer.special_ids, recording=True), Hooks()
             hooks.add(self._hook, steerer)
             self.model.forward(tokens_BT, hooks=hooks, stop_after=self._hook)
@@ -238,9 +271,10 @@ class Engine:
             messages = [Message(role, content) for role, content in prompt.messages]
             tokens, _, dropped = self.chat_format.fit_dialog(messages, budget)
         else:
-            begins = prompt.text.startswith(BOS)
+            bos = self.tokenizer.token_text(self.tokenizer.bos_id)
+            begins = prompt.text.startswith(bos)
             tokens, dropped = (
-                self.tokenizer.encode(prompt.text.removeprefix(BOS) if begins else prompt.text, bos=True),
+                self.tokenizer.encode(prompt.text.removeprefix(bos) if begins else prompt.text, bos=True),
                 0,
             )
             if len(tokens) + min(max_tokens, 1) > context:
