@@ -79,12 +79,6 @@ def choose_placement(device: str, dtype: str, config: ModelConfig, path: Path) -
     return Placement(where, "auto", "; ".join(reasons))
 
 
-def choose_dtype(wanted: str, folder: Path, device: str) -> torch.dtype | Literal["auto"]:
-    from llama_3.config import read_config
-
-    return choose_placement(device, wanted, read_config(folder), folder).dtype
-
-
 def choose_device(wanted: str) -> str:
     """The device asked for, or for `auto` the fastest there is; a `SteerError` for one that is not."""
     there = _accelerators()

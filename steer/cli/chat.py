@@ -45,7 +45,9 @@ def chat(
     if plain or json:
         from steer.cli.plain import PlainChat
 
-        return PlainChat(engines.make_engine(settings), options, steering, session, json=json).run(_lines(json))
+        return PlainChat(engines.make_engine(settings, chat=True), options, steering, session, json=json).run(
+            _lines(json)
+        )
     if not on_terminal():
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")
     import app

@@ -60,7 +60,7 @@ def complete(
     texts = prompts or []
     if texts in ([], ["-"]):
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
-    engine = engines.make_engine(settings)
+    engine = engines.make_engine(settings, chat=chat)
     for one in steering.edits:
         engine.check(one)
     context = engine.info.context

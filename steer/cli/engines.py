@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from steer.cli.options import narrate
 from steer.config import Settings
@@ -24,15 +24,18 @@ class InspectingEngine(EngineLike, Protocol):
     def inspect(self, text: str, *, chat: bool = False) -> tuple[TokenEvent, ...]: ...
 
 
-def make_engine(settings: Settings) -> InspectingEngine:
+def make_engine(settings: Settings, *, chat: bool = False) -> InspectingEngine:
     """The engine that the settings ask for; says on stderr when it runs without features.
 
-    To a person who chose a model it also says where that runs and why; scripts and the demo are not told every time.
+    To a person who chose a model it also says where that runs and why, and how a `chat` is written for it; scripts and
+    the demo are not told every time.
     """
     engine = load_engine(settings)
     info = engine.info
-    if info.reason and settings.model and on_screen():
-        narrate(f"{info.model} on {info.device} in {info.dtype} ({info.reason})")
+    if settings.model and on_screen():
+        narrate(f"{info.model} on {info.device} in {info.dtype}" + (f" ({info.reason})" if info.reason else ""))
+        if chat and info.chat_format:
+            narrate(info.chat_format)
     if info.notice:
         narrate(info.notice)
     return engine
@@ -47,9 +50,6 @@ def load_engine(settings: Settings) -> Engine:
     """The engine itself, with the model and the SAE that capture and training need."""
     from steer.engine import Engine
 
-    more: dict[str, Any] = {"quantize": settings.scheme} if settings.scheme else {}
-    more |= {} if settings.chat_format is None else {"chat_format": settings.chat_format}
-    more |= {"compile": True} if settings.compile else {}
     return Engine.load(
         settings.model,
         settings.sae,
@@ -57,7 +57,9 @@ def load_engine(settings: Settings) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
-        **more,
+        quantize=settings.scheme,
+        chat_format=settings.chat_format,
+        compile=settings.compile,
     )
 
 

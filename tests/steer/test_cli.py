@@ -123,11 +123,13 @@ def test_the_engine_gets_what_settings_say_of_the_model(steer: Steer, monkeypatc
 def test_why_a_model_runs_where_it_does_is_told_to_a_person_who_chose_it(
     steer: Steer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.info = replace(engine.info, reason="cpu: there is no other device")
-    told = "fake on cpu in float32 (cpu: there is no other device)"
-    assert told not in steer("complete", "hi", "--model", "m").err
+    engine.info = replace(engine.info, reason="cpu: there is no other device", chat_format="chat format plain")
+    told = "fake on cpu in float32 (cpu: there is no other device)\n"
+    assert told not in steer("complete", "hi", "--model", "m", "--chat").err
     monkeypatch.setattr("steer.cli.engines.on_screen", lambda: True)
-    assert told in steer("complete", "hi", "--model", "m").err
+    assert steer("complete", "hi", "--model", "m").err.startswith(f"{told}seed ")
+    assert steer("complete", "hi", "--model", "m", "--chat").err.startswith(f"{told}chat format plain\n")
+    assert steer("chat", "--plain", "--model", "m", stdin="hi\n").err.startswith(f"{told}chat format plain\n")
     assert told not in steer("complete", "hi").err
 
 
