@@ -72,7 +72,7 @@ def _byte_level(
             raise config_error(f"{where} has a token with {error}, which is no byte's letter") from error
         if not complete(ranks):
             raise config_error(f"{where} does not hold ranks 0 to N-1 with every single byte among them")
-        return TiktokenTokenizer(ranks, specials, **names)
+        return TiktokenTokenizer(ranks, specials, where, **names)
     added = [
         {"id": i, "content": name, "special": name in specials, "normalized": False}
         | {"single_word": False, "lstrip": False, "rstrip": False}

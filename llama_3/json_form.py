@@ -6,7 +6,7 @@ library that defines the format, so that ids are exact either way.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -41,7 +41,7 @@ class JsonTokenizer(Vocabulary):
         spell = _bytes_of_letters if byte_level else _bytes_of_piece
         pieces = {token: spell(piece) for piece, token in self._fast.get_vocab(with_added_tokens=False).items()}
         pieces |= {token: name.encode() for name, token in names.items()}
-        super().__init__(pieces, SpecialTokens.choose(special, bos, eos), prefix)
+        super().__init__(pieces, SpecialTokens.choose(special, where, bos, eos), prefix)
 
     def _cut(self, text: str, after_special: bool) -> list[int]:
         fast = self._fast_inside if after_special else self._fast
@@ -59,7 +59,7 @@ def read_json_form(
         raise config_error(f"{where} is a tokenizer of type {kind}, and only BPE and Unigram are supported")
     if ranks := _llama_3_ranks(raw):
         specials = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        return TiktokenTokenizer(ranks, specials, bos=bos, eos=eos)
+        return TiktokenTokenizer(ranks, specials, where, bos=bos, eos=eos)
     return JsonTokenizer(raw, where, bos=bos, eos=eos)
 
 
@@ -81,24 +81,19 @@ def _llama_3_ranks(raw: dict[str, Any]) -> dict[bytes, int] | None:
         ):
             return None
         names = {token["content"]: int(token["id"]) for token in added}
-        ranks = {_bytes_of_letters(piece): rank for piece, rank in model["vocab"].items() if piece not in names}
-        merged = [ranks[_bytes_of_letters("".join(_pair(merge)))] for merge in model["merges"]]
+        vocab = {piece: int(rank) for piece, rank in model["vocab"].items() if piece not in names}
+        merged = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model["merges"]]
+        ranks = {_bytes_of_letters(piece): rank for piece, rank in vocab.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     # Ranks stand for the merges only if these come in the order of the ranks, and every pair that could merge may.
-    agree = merged == sorted(merged) and len(merged) == sum(1 for _ in _pairs(ranks)) and complete(ranks)
+    agree = merged == sorted(merged) and len(merged) == _count_pairs(vocab) and complete(ranks)
     return ranks if agree and len(ranks) <= min(names.values(), default=0) else None
 
 
-def _pairs(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    for piece in ranks:
-        for cut in range(1, len(piece)):
-            if piece[:cut] in ranks and piece[cut:] in ranks:
-                yield piece[:cut], piece[cut:]
-
-
-def _pair(merge: str | Sequence[str]) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
+def _count_pairs(vocab: Mapping[str, int]) -> int:
+    """In how many ways the pieces are two pieces put together."""
+    return sum(piece[:cut] in vocab and piece[cut:] in vocab for piece in vocab for cut in range(1, len(piece)))
 
 
 def _spelling(raw: dict[str, Any], where: str) -> tuple[bool, Prefix]:

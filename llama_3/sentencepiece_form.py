@@ -49,7 +49,7 @@ class SentencePieceTokenizer(Vocabulary):
             for token, piece in enumerate(pieces)
         }
         has_prefix = "".join(self._model.encode("a", out_type=str)).startswith(_SPACE)
-        super().__init__(spelled, SpecialTokens.choose(names, bos, eos), "every" if has_prefix else "none")
+        super().__init__(spelled, SpecialTokens.choose(names, where, bos, eos), "every" if has_prefix else "none")
 
     def _cut(self, text: str, after_special: bool) -> list[int]:
         ids: list[int] = self._model.encode(text, out_type=int)

@@ -28,12 +28,18 @@ _RUNS = re.compile(r"\s+|\S+")
 
 
 class TiktokenTokenizer(Vocabulary):
-    """A `Tokenizer` over byte ranks and named special tokens."""
+    """A `Tokenizer` over byte ranks and named special tokens; `where` they come from is said in errors."""
 
     def __init__(
-        self, ranks: dict[bytes, int], specials: Mapping[str, int], *, bos: str | None = None, eos: str | None = None
+        self,
+        ranks: dict[bytes, int],
+        specials: Mapping[str, int],
+        where: str = "the tokenizer",
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
     ) -> None:
-        chosen = SpecialTokens.choose(specials, bos, eos)
+        chosen = SpecialTokens.choose(specials, where, bos, eos)
         super().__init__({rank: piece for piece, rank in ranks.items()}, chosen)
         self._encoding = tiktoken.Encoding(
             "llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=chosen.ids

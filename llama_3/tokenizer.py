@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from llama_3.config import config_error, missing_file, read_json
 from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer, read_ranks
-from llama_3.vocabulary import N_SPECIALS, AddedTokens, read_added_tokens, special_names
+from llama_3.vocabulary import N_SPECIALS, read_added_tokens, read_ends, special_names
 
 __all__ = ["SPLIT_PATTERN", "StreamDecoder", "TiktokenTokenizer", "Tokenizer", "load_tokenizer", "special_names"]
 
@@ -75,19 +75,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folders = model_folders(path)
     model = next((file for folder in folders if (file := folder / "tokenizer.model").is_file()), None)
     raw = model.read_bytes() if model else b""
-    added = read_added_tokens(folders)
+    ends = read_ends(folders)
     if model and not _is_sentencepiece(raw):
         ranks = read_ranks(raw, model)
-        return TiktokenTokenizer(ranks, _specials(folders, added, len(ranks)), bos=added.bos, eos=added.eos)
+        return TiktokenTokenizer(ranks, _specials(folders, len(ranks)), str(model), **ends)
     described = next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
     if described:
         from llama_3.json_form import read_json_form
 
-        return read_json_form(read_json(described) or {}, str(described), bos=added.bos, eos=added.eos)
+        return read_json_form(read_json(described) or {}, str(described), **ends)
     if model:
         from llama_3.sentencepiece_form import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(raw, str(model), added.ids, bos=added.bos, eos=added.eos)
+        return SentencePieceTokenizer(raw, str(model), read_added_tokens(folders), **ends)
     metadata = gguf_metadata(path)
     if metadata is not None:
         from llama_3.gguf_vocabulary import read_gguf_vocabulary
@@ -104,7 +104,7 @@ def model_folders(path: Path) -> list[Path]:
 
 def gguf_metadata(path: Path) -> dict[str, Any] | None:
     """The metadata of the GGUF file at `path` or in it; None where there is none."""
-    from llama_3.gguf_file import find_gguf, read_metadata
+    from llama_3.gguf_file import find_gguf, read_metadata  # brings torch, which no other tokenizer needs
 
     file = find_gguf(path)
     return None if file is None else read_metadata(file)
@@ -115,8 +115,8 @@ def _is_sentencepiece(raw: bytes) -> bool:
     return raw[:1] == b"\x0a"
 
 
-def _specials(folders: Iterable[Path], added: AddedTokens, first: int) -> dict[str, int]:
-    if specials := {name: token for name, token in added.ids.items() if token >= first}:
+def _specials(folders: Sequence[Path], first: int) -> dict[str, int]:
+    if specials := {name: token for name, token in read_added_tokens(folders).items() if token >= first}:
         return specials
     sizes = (size for folder in folders for name in ("config.json", "params.json") if (size := _size(folder / name)))
     count = next(sizes, first + N_SPECIALS) - first

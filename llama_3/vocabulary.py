@@ -33,7 +33,7 @@ class SpecialTokens:
     stops: tuple[int, ...]
 
     @classmethod
-    def choose(cls, ids: Mapping[str, int], bos: str | None = None, eos: str | None = None) -> "SpecialTokens":
+    def choose(cls, ids: Mapping[str, int], where: str, bos: str | None, eos: str | None) -> "SpecialTokens":
         """Picks by the names a checkpoint declares, else by the names Llama models use; ValueError where none fits.
 
         A vocabulary without `<|eot_id|>` ends its turns with the end of text, and one without a first token of its own
@@ -42,10 +42,10 @@ class SpecialTokens:
         end = next((ids[name] for name in (eos or "", *_EOS) if name in ids), None)
         begin = next((ids[name] for name in (bos or "", *_BOS) if name in ids), end)
         if begin is None:
-            raise config_error("the tokenizer names no token that begins a text (<|begin_of_text|> or <s>)")
+            raise config_error(f"{where} names no token that begins a text (<|begin_of_text|> or <s>)")
         turn = ids.get("<|eot_id|>", end)
         if turn is None:
-            raise config_error("the tokenizer names no token that ends a turn (<|eot_id|> or </s>)")
+            raise config_error(f"{where} names no token that ends a turn (<|eot_id|> or </s>)")
         stops = [ids[name] for name in _STOPS if name in ids]
         return cls(dict(ids), begin, turn, tuple(dict.fromkeys([*stops, turn, *([] if end is None else [end])])))
 
@@ -98,27 +98,19 @@ class Vocabulary(ABC):
         return self._specials.ids[name]
 
 
-@dataclass(frozen=True)
-class AddedTokens:
-    """What a Hugging Face folder says about its special tokens: ids by name, and which begin and end a text."""
-
-    ids: dict[str, int]
-    bos: str | None
-    eos: str | None
+def read_ends(folders: Iterable[Path]) -> dict[str, str | None]:
+    """The names of the tokens that begin and end a text, as `bos` and `eos`, where `tokenizer_config.json` has them."""
+    settings = next((found for folder in folders if (found := read_json(folder / "tokenizer_config.json"))), {})
+    return {key: _token_name(settings.get(f"{key}_token")) for key in ("bos", "eos")}
 
 
-def read_added_tokens(folders: Iterable[Path]) -> AddedTokens:
+def read_added_tokens(folders: Iterable[Path]) -> dict[str, int]:
     """The added tokens of `tokenizer_config.json`, else of `tokenizer.json`; ValueError where they cannot be read."""
-    ids: dict[str, int] = {}
-    settings: dict[str, Any] = {}
-    for folder in folders:
-        settings = settings or read_json(folder / "tokenizer_config.json") or {}
-        for name in ("tokenizer_config.json", "tokenizer.json"):
-            ids = ids or _added_tokens(folder / name)
-    return AddedTokens(ids, token_name(settings.get("bos_token")), token_name(settings.get("eos_token")))
+    files = (folder / name for folder in folders for name in ("tokenizer_config.json", "tokenizer.json"))
+    return next((found for file in files if (found := _added_tokens(file))), {})
 
 
-def token_name(entry: Any) -> str | None:
+def _token_name(entry: Any) -> str | None:
     """The spelling of a token that a configuration gives as text or as an object with `content`."""
     name = entry.get("content") if isinstance(entry, dict) else entry
     return name if isinstance(name, str) else None
@@ -128,10 +120,16 @@ def _added_tokens(path: Path) -> dict[str, int]:
     raw = read_json(path) or {}
     try:
         if decoder := raw.get("added_tokens_decoder"):
-            return {str(entry["content"]): int(token) for token, entry in decoder.items()}
-        return {str(entry["content"]): int(entry["id"]) for entry in raw.get("added_tokens") or []}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return {str(entry["content"]): _id(token) for token, entry in decoder.items()}
+        return {str(entry["content"]): _id(entry["id"]) for entry in raw.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise config_error(f"{path} does not list its added tokens by id and content ({error})") from error
+
+
+def _id(value: Any) -> int:
+    if not 0 <= int(value) < 2**31:
+        raise ValueError(f"{value} is no id")
+    return int(value)
 
 
 def special_names() -> list[str]:

@@ -1,95 +1,27 @@
-"""The tokenizer against transformers on a small trained vocabulary, and the chat format against its template."""
+"""Small vocabularies: special tokens, whole words, which file wins, long runs, streams. Oracles are another file."""
 
-import base64
 import json
-from itertools import pairwise
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jinja2 import Environment
-from tokenizers import Regex, decoders, pre_tokenizers
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+import tiktoken
 
-from llama_3.chat_format import ChatFormat, Message
-from llama_3.tokenizer import SPLIT_PATTERN, StreamDecoder, Tokenizer, load_tokenizer, special_names
-from tests.tiny import byte_tokenizer, write_tiny_checkpoint
-
-TEXTS = [
-    "Hello world, it's the 12345th day of the world.\n\n  Hello   again!\r\n\tyes",
-    "Zoë naïve 你好世界 🦙👩‍👩‍👧 Việt \u0301 e\u0301 \x00\x7f",
-    "<|eot_id|> is <|begin_of_text|> typed by hand",
-    "",
-    " ",
-    "x" * 3000,
-]
-TEMPLATE_3_0 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
-    """A byte-level BPE of 400 tokens trained by `tokenizers`, and the same written as a tiktoken file."""
-    fast = FastTokenizer(BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    fast.decoder = decoders.ByteLevel()
-    corpus = [*TEXTS[:2], "the world and the day, the hello of the world is the day\n\n" * 5, "你好 你好 🦙🦙" * 5]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(corpus, BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    folder = tmp_path_factory.mktemp("trained")
-    letters = {letter: bytes([byte]) for byte, letter in byte_letters().items()}
-    lines = [
-        base64.b64encode(b"".join(letters[letter] for letter in piece)).decode() + f" {rank}"
-        for piece, rank in sorted(fast.get_vocab().items(), key=lambda item: item[1])
-    ]
-    (folder / "tokenizer.model").write_text("\n".join(lines))
-    wrap: Any = PreTrainedTokenizerFast
-    return load_tokenizer(folder), wrap(tokenizer_object=fast)
-
-
-def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_ids_equal_transformers(text: str, trained: tuple[Tokenizer, PreTrainedTokenizerFast]) -> None:
-    ours, theirs = trained
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert ours.decode(ours.encode(text)) == text
-    assert ours.encode(text, bos=True) == [ours.bos_id, *ours.encode(text)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(text=st.text(max_size=40))
-def test_any_text_comes_back(text: str, trained: tuple[Tokenizer, PreTrainedTokenizerFast]) -> None:
-    ours, theirs = trained
-    tokens = ours.encode(text)
-    assert tokens == theirs.encode(text, add_special_tokens=False)
-    decoder = StreamDecoder(ours)
-    assert "".join(map(decoder.push, tokens)) + decoder.flush() == text == ours.decode(tokens)
+from llama_3.json_form import JsonTokenizer
+from llama_3.sentencepiece_form import SentencePieceTokenizer
+from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer
+from llama_3.tokenizer import StreamDecoder, load_tokenizer, special_names
+from tests.llama_3 import vocabularies
+from tests.tiny import byte_ranks, byte_tokenizer, write_tiny_checkpoint
 
 
 def test_a_whole_word_in_the_vocabulary_needs_no_merges(tmp_path: Path) -> None:
-    pieces = [bytes([byte]) for byte in range(256)] + [b"ab", b"xyz"]
-    lines = [base64.b64encode(piece) + b" %d" % rank for rank, piece in enumerate(pieces)]
-    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("xyz") == [257] and tokenizer.encode("xyzab") == [120, 121, 122, 256]
-    assert tokenizer.bos_id == 258 and tokenizer.vocab_size == tokenizer.n_vocab == 258 + 256
+    model = vocabularies.write_ranks(tmp_path / "model", byte_ranks() | {b"ab": 256, b"xyz": 257})
+    vocabularies.write_llama_3_json(tmp_path / "json", model)
+    for form in ("model", "json"):
+        tokenizer = load_tokenizer(tmp_path / form)
+        assert tokenizer.encode("xyz") == [257] and tokenizer.encode("xyzab") == [120, 121, 122, 256]
+        assert tokenizer.bos_id == 258 and tokenizer.vocab_size == 258 + 256
 
 
 def test_specials_have_names_and_are_never_made_from_text() -> None:
@@ -124,27 +56,6 @@ def test_added_tokens_name_the_specials(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).bos_id == 257
 
 
-@pytest.mark.parametrize(
-    ("raw", "sentence"),
-    [
-        (b"\x0a\x0e\x0a\x05<unk>", "is a sentencepiece tokenizer"),
-        (b"IQ== 0\nIg= 1\n", "line 2 is not a base64 token and its rank"),
-        (b"IQ== 0 1\n", "line 1 is not a base64 token"),
-        (b"IQ== 0\nIg== 2\n", "does not hold ranks 0 to N-1"),
-        (b"", "does not hold ranks 0 to N-1"),
-    ],
-)
-def test_other_tokenizer_files_are_refused_in_one_sentence(raw: bytes, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(raw)
-    with pytest.raises(ValueError, match=sentence):
-        load_tokenizer(tmp_path)
-
-
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no tokenizer\.model in"):
-        load_tokenizer(tmp_path)
-
-
 def test_characters_split_over_tokens_appear_whole() -> None:
     tokenizer = byte_tokenizer()
     decoder = StreamDecoder(tokenizer)
@@ -154,79 +65,108 @@ def test_characters_split_over_tokens_appear_whole() -> None:
     assert decoder.push(0xC3) == "" and decoder.flush() == "\ufffd"
 
 
-# Chat format
-
-
-DIALOG = [
-    Message("system", "  Be brief.\n"),
-    Message("user", "Who are you?"),
-    Message("assistant", "I am a llama. 🦙"),
-    Message("user", "\n\nReally?  \n"),
-]
-
-
-def render(messages: list[Message], generation_prompt: bool) -> str:
-    template = Environment(autoescape=False).from_string(TEMPLATE_3_0)
-    plain = [{"role": message.role, "content": message.content} for message in messages]
-    return template.render(messages=plain, bos_token="<|begin_of_text|>", add_generation_prompt=generation_prompt)
-
-
-@pytest.mark.parametrize("generation_prompt", [True, False])
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_a_dialog_reads_as_the_template_of_llama_3(n: int, generation_prompt: bool) -> None:
+def test_a_texts_first_token_is_asked_for() -> None:
     tokenizer = byte_tokenizer()
-    tokens, spans = ChatFormat(tokenizer).encode_dialog(DIALOG[:n], generation_prompt=generation_prompt)
-    assert tokenizer.decode(tokens) == render(DIALOG[:n], generation_prompt)
-    assert spans[0].start == 1
-    assert all(a.end == b.start for a, b in pairwise(spans))
-    for message, span in zip(DIALOG, spans, strict=False):
-        assert span.role == message.role and tokens[span.start] == 262
-        assert tokenizer.decode(tokens[span.content_start : span.content_end]) == message.content.strip()
-        assert tokens[span.content_end : span.end] == [tokenizer.eot_id]
+    assert tokenizer.encode("a", bos=True) == [256, 97] and tokenizer.encode("", bos=True) == [256]
+    assert tokenizer.encode_after_special("a") == [97]
 
 
-def test_token_ids_of_a_dialog_equal_transformers(trained: tuple[Tokenizer, PreTrainedTokenizerFast]) -> None:
-    ours, theirs = trained
-    theirs.add_special_tokens({"additional_special_tokens": special_names()})
-    dialog = [*DIALOG, Message("assistant", ""), Message("user", "12 !!\u00a0")]
-    tokens, _ = ChatFormat(ours).encode_dialog(dialog)
-    assert tokens == theirs.encode(render(dialog, True), add_special_tokens=False)
+def test_half_a_surrogate_pair_is_a_replacement_character(tmp_path: Path) -> None:
+    processor = vocabularies.train_sentencepiece()
+    vocabularies.write_llama_2_json(tmp_path, processor)
+    forms = [
+        byte_tokenizer(),
+        SentencePieceTokenizer(processor.serialized_model_proto(), "m"),
+        load_tokenizer(tmp_path),
+    ]
+    for tokenizer in forms:
+        assert tokenizer.decode(tokenizer.encode("a\ud83e.")) == "a\ufffd."
+        assert tokenizer.decode(tokenizer.encode("\ud83e\udd99")) == "🦙"
 
 
-def test_a_special_token_typed_by_a_user_ends_nothing() -> None:
+@pytest.mark.parametrize("letter", [" ", "a", "\n", "!", "1", "é", " a"])
+def test_a_million_like_characters_take_no_second(letter: str) -> None:
     tokenizer = byte_tokenizer()
-    tokens, _ = ChatFormat(tokenizer).encode_dialog([Message("user", "a<|eot_id|>b")])
-    assert tokens.count(tokenizer.eot_id) == 1
+    start = time.process_time()
+    tokens = tokenizer.encode(letter * (1_000_000 // len(letter)))
+    assert time.process_time() - start < 5  # seconds; without the limits tiktoken fails or runs for minutes
+    assert tokenizer.decode(tokens) == letter * (1_000_000 // len(letter))
 
 
-def test_the_oldest_turns_are_dropped_first() -> None:
-    chat = ChatFormat(byte_tokenizer())
-    dialog = [DIALOG[0]]
-    for i in range(4):
-        dialog += [Message("user", f"question {i}"), Message("assistant", f"answer {i}")]
-    dialog.append(Message("user", "last"))
-    whole, whole_spans = chat.encode_dialog(dialog)
-    assert chat.fit_dialog(dialog, len(whole)) == (whole, whole_spans, 0)
-    for budget in range(len(whole) - 1, 60, -13):
-        tokens, spans, dropped = chat.fit_dialog(dialog, budget)
-        assert dropped > 0 and dropped % 2 == 0 and len(tokens) <= budget
-        assert (tokens, spans) == chat.encode_dialog([dialog[0], *dialog[1 + dropped :]])
-    shortest = len(chat.encode_dialog([dialog[0], dialog[-1]])[0])
-    assert chat.fit_dialog(dialog, shortest)[2] == 8
-    with pytest.raises(ValueError, match=r"the last message is \d+ tokens long and \d+ of the \d+ are left"):
-        chat.fit_dialog(dialog, shortest - 1)
+def test_long_text_is_cut_as_in_metas_code() -> None:
+    ranks = byte_ranks() | {b"aa": 256, b"  ": 257}
+    tokenizer = TiktokenTokenizer(ranks, {"<|begin_of_text|>": 258, "<|eot_id|>": 259})
+    plain = tiktoken.Encoding("oracle", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    usual = "aab  a\n" * 50_000
+    assert tokenizer.encode(usual) == plain.encode_ordinary(usual)
+    run = "a" * 24_999 + " " + "a" * 25_001
+    assert tokenizer.encode(run) == [*plain.encode_ordinary(run[: 2 * 25_000]), 97]
+    cut = "b" + "a " * 200_000  # the 400,000th character stands between an "a" and its space
+    assert tokenizer.encode(cut) == plain.encode_ordinary(cut[:400_000]) + plain.encode_ordinary(cut[400_000:])
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
-        ("tokenizer.json", '{"added_tokens": [{}]}'),
-    ],
-)
-def test_added_tokens_that_cannot_be_read_are_named(name: str, content: str, tmp_path: Path) -> None:
-    write_tiny_checkpoint(tmp_path)
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} does not list its added tokens"):
-        load_tokenizer(tmp_path)
+# Which file wins
+
+
+def test_of_several_files_the_form_of_training_wins(tmp_path: Path) -> None:
+    llama_2 = vocabularies.train_sentencepiece()
+    (tmp_path / "tokenizer.model").write_bytes(llama_2.serialized_model_proto())
+    assert type(load_tokenizer(tmp_path)) is SentencePieceTokenizer
+    vocabularies.write_llama_2_json(tmp_path, llama_2)
+    assert type(load_tokenizer(tmp_path)) is JsonTokenizer  # as transformers chooses for TinyLlama's folder
+    vocabularies.write_ranks(tmp_path, byte_ranks())
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert type(load_tokenizer(tmp_path)) is TiktokenTokenizer
+    vocabularies.write_llama_3_json(tmp_path / "json", tmp_path / "tokenizer.model")
+    (tmp_path / "json" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).special("<|eot_id|>") == 256 + 9
+
+
+def test_metas_download_keeps_it_in_a_subfolder(tmp_path: Path) -> None:
+    vocabularies.write_ranks(tmp_path / "original", byte_ranks())
+    (tmp_path / "original" / "params.json").write_text(json.dumps({"vocab_size": 256 + 12}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (268, 265)
+    assert load_tokenizer(tmp_path / "original").special_ids == tokenizer.special_ids
+
+
+def test_tokens_added_behind_a_sentencepiece_model_are_special(tmp_path: Path) -> None:
+    model = vocabularies.train_sentencepiece()
+    size = model.get_piece_size()
+    (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    added = {"0": {"content": "<unk>"}, str(size): {"content": "<|im_end|>"}}
+    vocabularies.write_config(tmp_path, added_tokens_decoder=added, eos_token={"content": "<|im_end|>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special("<|im_end|>") == tokenizer.eot_id == size and tokenizer.vocab_size == size + 1
+    assert tokenizer.stop_ids == (size, 2) and size not in tokenizer.encode("a<|im_end|>")
+
+
+def test_a_space_is_put_only_where_the_file_says(tmp_path: Path) -> None:
+    vocabularies.write_llama_2_json(tmp_path, vocabularies.train_sentencepiece())
+    file = tmp_path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    every = load_tokenizer(tmp_path)
+    assert every.encode_after_special("the") == every.encode("the")
+    assert every.decode([1, *every.encode("the"), 2, *every.encode("the")]) == "<s>the</s>the"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    file.write_text(json.dumps(raw | {"normalizer": None, "pre_tokenizer": metaspace}))
+    first = load_tokenizer(tmp_path)
+    assert first.encode("the") == every.encode("the") and first.token_text(first.encode("the")[0]) == " the"
+    inside = first.encode_after_special("the")
+    assert first.decode(inside) == "".join(map(first.token_text, inside)) == "the"
+    assert first.decode([1, *first.encode("the"), 2, *inside, *first.encode("the")]) == "<s>the</s>the the"
+
+
+def test_what_is_not_special_in_the_file_is_found_in_text(tmp_path: Path) -> None:
+    model = vocabularies.write_ranks(tmp_path / "model", byte_ranks())
+    vocabularies.write_llama_3_json(tmp_path, model)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"][11] |= {"content": "<think>", "special": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer) is JsonTokenizer and tokenizer.encode("a<think><|eot_id|>")[:3] == [97, 267, 60]
+    assert 267 not in tokenizer.special_ids and tokenizer.token_text(267) == "<think>"
+    theirs = vocabularies.transformers_of(tmp_path)
+    text = "a <think>\n b<|eot_id|> Zoë"
+    assert tokenizer.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
