@@ -1,5 +1,6 @@
 """Commands on a model of the Hub: fetched once, then from the cache; what goes wrong on the way is one sentence."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from llama_3.checkpoint import state_tensors
 from steer.cli import main
+from steer.cli.capture import hashes
+from tests.llama_3 import layouts
 from tests.llama_3.fake_hub import SECRET, Hub, serve_hub
-from tests.tiny import write_tiny_checkpoint
+from tests.tiny import tiny_model, write_tiny_checkpoint
 
 Steer = Callable[..., tuple[int, list[Any], str]]
 
@@ -53,12 +57,40 @@ def test_a_model_of_the_hub_completes_as_the_folder_does(
     assert code == 0 and from_cache["tokens"] == from_hub["tokens"] and len(hub.fetched()) == 3
 
 
+@pytest.mark.parametrize(
+    ("write", "weights"),
+    [
+        (layouts.write_sharded_safetensors, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        (layouts.write_sharded_bin, ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
+        (layouts.meta_writer(2, original=True), ["original/consolidated.01.pth", "original/consolidated.00.pth"]),
+        (layouts.meta_writer(2), ["consolidated.01.pth", "consolidated.00.pth"]),
+    ],
+)
+def test_every_layout_on_the_hub_is_the_same_model(
+    write: layouts.Writer, weights: list[str], steer: Steer, hub: Hub, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    write(tmp_path / "other", model.config, state_tensors(model))
+    files = [file for file in (tmp_path / "other").rglob("*") if file.is_file()]
+    hub.repos["org/other"] = {file.relative_to(tmp_path / "other").as_posix(): file.read_bytes() for file in files}
+    beside = weights[0].rpartition("/")[0]
+    hub.repos["org/other"][f"{beside}/tokenizer.model".lstrip("/")] = hub.repos["org/tiny"]["tokenizer.model"]
+    asked = ("complete", "The cat", "--temperature", "0", "--max-tokens", "8", "--device", "cpu", "--model")
+    code, (reply,), err = steer(*asked, "org/other")
+    assert code == 0 and hub.fetched()[-2:] == weights, err
+    assert reply["tokens"] == steer(*asked, "org/tiny")[1][0]["tokens"]
+    fetched = len(hub.fetched())
+    assert steer(*asked, "org/other")[0] == 0 and len(hub.fetched()) == fetched
+
+
 def test_a_capture_says_which_files_of_the_hub_it_was_made_with(steer: Steer, hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 20)
     code, _, err = steer("capture", "text.txt", "--out", "acts", "--model", "org/tiny")
     assert code == 0, err
     manifest = (tmp_path / "acts" / "manifest.json").read_text()
     assert all(name in manifest for name in ("config.json", "model.safetensors", "tokenizer.model"))
+    (tmp_path / "a.gguf").write_bytes(b"abc")
+    assert hashes(tmp_path / "a.gguf") == {"a.gguf": hashlib.sha256(b"abc").hexdigest()}
 
 
 def test_the_doctor_names_a_model_of_the_hub(steer: Steer) -> None:
