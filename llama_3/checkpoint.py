@@ -112,17 +112,20 @@ class Checkpoint:
                 source = {"meta": "params.json", "gguf": "its metadata"}.get(self.layout, "config.json")
                 raise config_error(f"{name} in {self.where} has shape {shapes[name]} where {source} asks for {shape}")
 
-    def read(self, name: str, into: Tensor) -> None:
-        """Fill `into`, on any device, of any dtype, with a tensor of Hugging Face; ValueError for NaN or infinity."""
+    def read(self, name: str, into: Tensor, first: int = 0, columns: slice = slice(None)) -> None:
+        """Fill `into`, on any device, of any dtype, with a tensor of Hugging Face; ValueError for NaN or infinity.
+
+        A part of the tensor begins at row `first` (of queries and keys, whole heads) and has those `columns` of it.
+        """
         own, head_dim = name_in(self.layout, name), self.config.head_dim
         paired = self.layout in ("meta", "gguf") and name.endswith(("q_proj.weight", "k_proj.weight"))
-        step = max(1, BLOCK_NUMBERS // max(1, prod(into.shape[1:])))
+        step = max(1, BLOCK_NUMBERS // max(1, prod(self.weights.shapes[own][1:])))
         if paired:
             step = max(step // head_dim, 1) * head_dim
         for start in range(0, len(into), step):
             part = into[start : start + step]
-            rows = self.weights.rows(own, start, start + len(part))
-            part.copy_(pairs_to_halves(rows, head_dim) if paired else rows)
+            rows = self.weights.rows(own, first + start, first + start + len(part))
+            part.copy_((pairs_to_halves(rows, head_dim) if paired else rows)[..., columns])
             # One sum finds what is not finite; where it merely overflowed, each number is asked.
             if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():
                 raise config_error(
