@@ -4,8 +4,8 @@ The format is that of the checkpoint's own template, told by what the template s
 never run. Contents are encoded as plain text, so a `<|eot_id|>` typed by a user ends nothing.
 """
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as day
 from itertools import accumulate, groupby
@@ -40,7 +40,7 @@ _FIXED_DATE = "26 Jul 2024"
 class MessageSpan:
     """Token offsets of one message in its dialog: what opens it, its content, then what ends it.
 
-    A token that reaches over the border of two parts belongs to the later one.
+    A token that reaches over a border belongs to the content of which it holds a part.
     """
 
     role: str
@@ -125,7 +125,7 @@ class ChatFormat:
         return *self.encode_dialog([*system, *turns[dropped:]]), dropped
 
     def _encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
-        """Tokens, and for each the piece in which its last byte lies."""
+        """Tokens, and for each the index of its piece."""
         tokens: list[int] = []
         origins: list[int] = []
         for is_text, group in groupby(enumerate(pieces), key=lambda item: isinstance(item[1].what, str)):
@@ -134,16 +134,25 @@ class ChatFormat:
                 tokens += [piece.what for _, piece in run if isinstance(piece.what, int)]
                 origins += [place for place, _ in run]
                 continue
-            texts = [piece.what for _, piece in run if isinstance(piece.what, str)]
+            parts = [(piece.what, piece.is_content) for _, piece in run if isinstance(piece.what, str)]
             encode = self.tokenizer.encode_after_special if tokens else self.tokenizer.encode
-            ids = encode("".join(texts))
-            ends = list(accumulate(len(text.encode(errors="surrogatepass")) for text in texts))
-            token_ends = list(accumulate(len(self.tokenizer.token_bytes(token)) for token in ids))
-            # Some vocabularies put a space of their own in front.
-            own = token_ends[-1] - ends[-1] if ids else 0
-            origins += [run[min(bisect_left(ends, end - own), len(run) - 1)][0] for end in token_ends]
+            ids = encode("".join(text for text, _ in parts))
+            sizes = [len(self.tokenizer.token_bytes(token)) for token in ids]
+            origins += [run[part][0] for part in _parts_of_tokens(parts, sizes)]
             tokens += ids
         return tokens, origins
+
+
+def _parts_of_tokens(parts: Sequence[tuple[str, bool]], sizes: Sequence[int]) -> Iterator[int]:
+    """For each token, given by its bytes, the part of a text (and whether it is content) that the token belongs to."""
+    ends = list(accumulate(len(text.encode(errors="surrogatepass")) for text, _ in parts))
+    end = ends[-1] - sum(sizes)  # below 0 where a vocabulary puts a space of its own in front
+    for size in sizes:
+        begin, end = end, end + size
+        first, last = (min(place, len(parts) - 1) for place in (bisect_right(ends, begin), bisect_left(ends, end)))
+        yield next(
+            (part for part in range(last, first, -1) if all(parts[part])), last if not parts[first][1] else first
+        )
 
 
 def load_chat_format(
