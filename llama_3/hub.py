@@ -231,7 +231,7 @@ def _download(wanted: HubId) -> Path:
     """Fetches what is missing of a model; progress bars go to stderr."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         unfinished = _snapshot(wanted) is not None
         what = "is in the cache only in part" if unfinished else "is neither a local folder nor in the cache"
         raise _explained(

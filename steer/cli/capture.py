@@ -75,12 +75,11 @@ def check_files(files: list[Path]) -> None:
 
 
 def hashes(model: Path) -> dict[str, str]:
-    """SHA-256 of a model's weights, configuration and tokenizer, by file name; of a GGUF file, of itself."""
+    """SHA-256 of a model's weights, configuration and tokenizer, by file name."""
+    from llama_3.checkpoint import weight_files
+    from llama_3.tokenizer import model_folders
     from train.shards import sha256_of
 
     kept = ("config.json", "params.json", "tokenizer.json", "tokenizer.model")
-    files = [model]
-    if model.is_dir():
-        weights = (".safetensors", ".bin", ".pth")
-        files = [file for file in sorted(model.iterdir()) if file.suffix in weights or file.name in kept]
-    return {file.name: sha256_of(file) for file in files}
+    files = [file for folder in model_folders(model) for name in kept if (file := folder / name).is_file()]
+    return {file.name: sha256_of(file) for file in (*weight_files(model), *reversed(files))}

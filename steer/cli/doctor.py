@@ -108,7 +108,7 @@ def _memory(settings: Settings) -> str:
 def _hub(settings: Settings) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.HF_HUB_CACHE}; downloads are {'off' if constants.is_offline_mode() else 'on'}"
+    return f"{constants.HF_HUB_CACHE}; downloads are {'off' if constants.HF_HUB_OFFLINE else 'on'}"
 
 
 def _data(settings: Settings) -> str:

@@ -31,6 +31,7 @@ def collect(
     """Stream text through model and SAE; keep examples and statistics of every latent."""
     from llama_3.hub import resolve_model
     from train.collect import collect as run
+    from train.shards import sha256_of
 
     check_files(files)
     if max_tokens is not None and max_tokens < 1:
@@ -41,7 +42,7 @@ def collect(
     model = resolve_model(settings.model) if settings.model else DEMO_MODEL
     sae = Path(settings.sae) if settings.sae else DEMO_SAE
     meta = {f"model/{name}": digest for name, digest in hashes(model).items()}
-    meta["sae/sae.safetensors"] = hashes(sae)["sae.safetensors"]
+    meta["sae/sae.safetensors"] = sha256_of(sae / "sae.safetensors")
     counts = run(
         engine.model,
         engine.sae,

@@ -89,8 +89,19 @@ def test_a_capture_says_which_files_of_the_hub_it_was_made_with(steer: Steer, hu
     assert code == 0, err
     manifest = (tmp_path / "acts" / "manifest.json").read_text()
     assert all(name in manifest for name in ("config.json", "model.safetensors", "tokenizer.model"))
-    (tmp_path / "a.gguf").write_bytes(b"abc")
-    assert hashes(tmp_path / "a.gguf") == {"a.gguf": hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_what_a_model_is_known_by(tmp_path: Path) -> None:
+    original = tmp_path / "model" / "original"
+    original.mkdir(parents=True)
+    for file in (tmp_path / "a.gguf", original / "consolidated.00.pth", original / "params.json"):
+        file.write_bytes(file.name.encode())
+    (tmp_path / "model" / "README.md").touch()
+    for model, names in (
+        (tmp_path / "a.gguf", ["a.gguf"]),
+        (tmp_path / "model", ["consolidated.00.pth", "params.json"]),
+    ):
+        assert hashes(model) == {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
 
 
 def test_the_doctor_names_a_model_of_the_hub(steer: Steer) -> None:
