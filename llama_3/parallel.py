@@ -1,0 +1,196 @@
+"""One model over the processes that torchrun started on this machine: tensor parallelism, for models larger than a card.
+
+Each process (rank) holds a share of every block: some heads and some columns of the feed-forward, read straight from
+the checkpoint. Its `Transformer` is a plain one of a smaller config, so the cache of keys and values is its own heads'
+and nothing else in the model knows of ranks. Two sums a block (after the two matrices that write to the residual
+stream) and one gathering of the logits are all they exchange: the residual stream is whole and equal on every rank, so
+hooks there see and do what they would in one process, on every rank alike. Only here are there DTensors, and only
+around each matrix product. Rows of the fused matrices are in the order of ranks, not in that of the whole model.
+Paper: Megatron-LM (1909.08053).
+"""
+
+import atexit
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from llama_3.checkpoint import Checkpoint, open_checkpoint, parameter_sources, tensor_shapes
+from llama_3.config import ModelConfig, config_error
+from llama_3.hooks import HookPoint, Hooks
+from llama_3.linear import Linear, project
+from llama_3.model import Transformer
+
+
+def world() -> int:
+    """How many processes share the model: torchrun's number, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def join(device: str = "cpu") -> str:
+    """Meet the other processes, once; the device of this one, `cuda:N` for `cuda`.
+
+    ValueError for a device that processes cannot share out, and for more processes than cards.
+    """
+    if device.partition(":")[0] == "cuda":
+        cards, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+        most = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
+        if device not in ("cuda", f"cuda:{here}"):
+            raise config_error(f"{device} is one card, and {world()} processes share the model", "use `cuda`")
+        if most > cards:
+            raise config_error(
+                f"torchrun started {most} processes, and this machine has {cards} cards", f"`--nproc-per-node {cards}`"
+            )
+        torch.cuda.set_device(here)
+        device = f"cuda:{here}"
+    elif device != "cpu":
+        raise config_error(f"a model cannot be shared out over processes on {device}", "use cpu or cuda")
+    if not dist.is_initialized():
+        # Both, where there are cards: what is agreed on lies on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(values: Sequence[int]) -> list[int]:
+    """Rank 0's values, on every rank: for what is drawn at random. Every rank must ask, with as many."""
+    join()
+    agreed = list(values)
+    dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
+    return agreed
+
+
+def share(config: ModelConfig, ranks: int) -> ModelConfig:
+    """The config of what each of so many ranks holds; ValueError where heads or columns cannot be shared out evenly."""
+    for name, count in (
+        ("key-value heads", config.n_kv_heads),
+        ("attention heads", config.n_heads),
+        ("feed-forward columns", config.d_ff),
+    ):
+        if count % ranks:
+            fits = [n for n in range(ranks - 1, 0, -1) if not (config.n_kv_heads % n or config.d_ff % n)]
+            raise config_error(
+                f"{count} {name} cannot be shared out evenly over {ranks} processes", f"`--nproc-per-node {fits[0]}`"
+            )
+    return replace(
+        config,
+        n_heads=config.n_heads // ranks,
+        n_kv_heads=config.n_kv_heads // ranks,
+        d_ff=config.d_ff // ranks,
+    )
+
+
+class ParallelTransformer(Transformer):
+    """One rank's share of a Llama. Ranks run the same calls in the same order; logits are equal and whole on each."""
+
+    def forward(self, tokens_BT: Tensor, **options: Any) -> Tensor:
+        """As `Transformer.forward`; ValueError for a hook at `attn_z`, where a rank has only its own heads."""
+        hooks: Hooks | None = options.get("hooks")
+        stop_after: HookPoint | None = options.get("stop_after")
+        for point in (*(hooks or ()), *((stop_after,) if stop_after else ())):
+            if point.site == "attn_z":
+                raise config_error(
+                    f"there is no hook at {point} in a model shared out over processes: each has its own heads there",
+                    "use attn_out, or one process",
+                )
+        return super().forward(tokens_BT, **options)
+
+    def compile_blocks(self) -> None:
+        """ValueError: blocks that wait for other ranks are not compiled."""
+        raise config_error("a model shared out over processes is not compiled", "leave out `--compile`")
+
+
+class _Share(Linear):
+    """This rank's part of a product, by the kernels of one process: DTensor knows neither `mv` nor our blocks."""
+
+    def __init__(self, weight: Tensor, mesh: DeviceMesh, axis: int) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.mesh, self.own = mesh, weight
+        self.result: Placement = Shard(-1) if axis == 0 else Partial()
+        self.weight = nn.Parameter(DTensor.from_local(weight, mesh, [Shard(axis)], run_check=False), False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(x, DTensor)
+        return DTensor.from_local(project(x.to_local(), self.own), self.mesh, [self.result], run_check=False)
+
+
+def load_parallel(
+    path: Path | str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> ParallelTransformer:
+    """This rank's share of the model at `path`, weights frozen; `load_model` for every process of torchrun.
+
+    Errors are those of `load_model`, of `share` and of `join`; what one rank meets while it reads is raised on all.
+    """
+    where = join(str(device))
+    failed: Exception | None = None
+    model = None
+    try:
+        with open_checkpoint(path) as checkpoint:
+            checkpoint.check()
+            kind = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            model = _fill(checkpoint, kind, where)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        failed = error
+    # A rank that failed alone would leave the others waiting for it.
+    every: list[Exception | None] = [None] * world()
+    dist.all_gather_object(every, failed)
+    for rank in sorted(range(world()), key=lambda rank: rank != dist.get_rank()):
+        if (met := every[rank]) is not None:
+            raise met
+    assert model is not None
+    return model.eval()
+
+
+def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> ParallelTransformer:
+    config, ranks, rank = checkpoint.config, world(), dist.get_rank()
+    mesh = init_device_mesh(torch.device(device).type, (ranks,))
+    with torch.device("meta"):
+        model = ParallelTransformer(share(config, ranks))
+    shapes, even = tensor_shapes(config), config.vocab_size % ranks == 0
+    axes = {"qkv": 0, "gate_up": 0, "out": 1, "down": 1} | ({"head": 0} if even else {})
+    for name, sources in parameter_sources(config).items():
+        owner, _, leaf = name.rpartition(".")
+        axis = axes.get(owner.rpartition(".")[2])
+        heights = [shapes[source][0] // (ranks if axis == 0 else 1) for source in sources]
+        width, columns = shapes[sources[0]][1:], slice(None)
+        if axis == 1:
+            width = (width[0] // ranks,)
+            columns = slice(rank * width[0], (rank + 1) * width[0])
+        weight = torch.empty((sum(heights), *width), dtype=dtype, device=device)
+        for source, rows in zip(sources, torch.split(weight, heights), strict=True):
+            checkpoint.read(source, rows, rank * len(rows) if axis == 0 else 0, columns)
+        if axis is None:
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        else:
+            parent, _, part = owner.rpartition(".")
+            setattr(model.get_submodule(parent), part, _Share(weight, mesh, axis))
+    if config.tied and even:  # each rank multiplies by its rows of the embedding, which it holds whole
+        model.head = _Share(model.embedding_VD.detach().chunk(ranks)[rank], mesh, 0)
+    by_rows, by_columns = ColwiseParallel(), RowwiseParallel()  # named after the other factor
+    plan = {"attention.qkv": by_rows, "attention.out": by_columns}
+    plan |= {"feed_forward.gate_up": by_rows, "feed_forward.down": by_columns}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    if even:
+        parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+    return model
