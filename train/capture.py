@@ -25,7 +25,7 @@ from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from train.errors import TrainError
 from train.shards import FORMAT, VERSION, check_shards, read_manifest, sha256_of, write_json, write_shard
-from train.text import Row, read_rows
+from train.text import Row, default_chat, read_rows
 
 POOL_TOKENS = 1 << 18
 """Tokens gathered before contexts are sorted by length."""
@@ -86,13 +86,15 @@ def capture(
     context: int = 512,
     batch_tokens: int = 8192,
     shard_bytes: int = 32 << 20,
+    chat: ChatFormat | None = None,
     provenance: dict[str, str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CaptureSummary:
     """Captures up to `max_tokens` rows at each hook into `out` (one hook) or `out/HOOK` (several).
 
-    `provenance` (hashes of the model, say) goes into the manifests. `on_progress(tokens, max_tokens)` is called after
-    each shard. Raises `TrainError` if `out` holds a capture of something else, or the text holds no captured token.
+    Dialogs are written in `chat`, by default as in Llama 3. `provenance` (hashes of the model, say) goes into the
+    manifests. `on_progress(tokens, max_tokens)` is called after each shard. Raises `TrainError` if `out` holds a
+    capture of something else, or the text holds no captured token.
     """
     points = sorted({HookPoint.parse(hook) for hook in hooks}, key=lambda point: (point.layer, SITES.index(point.site)))
     if not points or max_tokens < 1 or not files:
@@ -100,7 +102,7 @@ def capture(
     for point in points:
         if point.layer >= model.config.n_layers:
             raise TrainError(f"the model has no {point}", f"its layers are 0 to {model.config.n_layers - 1}")
-    context = min(context, model.config.max_context)
+    context, chat = min(context, model.config.max_context), chat or default_chat(tokenizer)
     made_from = {
         "d_in": model.config.d_model,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -109,13 +111,13 @@ def capture(
         "context": context,
         "batch_tokens": batch_tokens,
         "shard_bytes": shard_bytes,
+        "chat_format": chat.name if chat else None,
     } | (provenance or {})
     writers = [
         _Writer(Path(out) if len(points) == 1 else Path(out) / str(point), {"hook": str(point)} | made_from)
         for point in points
     ]
     if not all(writer.done for writer in writers):
-        chat = ChatFormat(tokenizer)
         rows = read_rows(files, tokenizer, chat, context)
         stream = batches(rows, sorted(tokenizer.special_ids), batch_tokens)
         start = min(writer.batches for writer in writers)
@@ -152,6 +154,7 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "manifest.json").exists():
             self.manifest = read_manifest(folder)
+            self.manifest.setdefault("chat_format", "llama-3")  # the only one when none was recorded
             for name, value in made_from.items():
                 if self.manifest.get(name) != value:
                     raise TrainError(

@@ -29,7 +29,7 @@ from llama_3.tokenizer import Tokenizer
 from sae.checkpoint import Stats, write_stats
 from sae.model import SAE
 from train.errors import TrainError
-from train.text import read_rows
+from train.text import default_chat, read_rows
 
 Progress = Callable[[int, int | None], None]
 """Called with the tokens read so far and the most that will be read, if known."""
@@ -58,6 +58,7 @@ def collect(
     seed: int = 0,
     progress: Progress | None = None,
     context: int = 256,
+    chat: ChatFormat | None = None,
     meta: Mapping[str, str] | None = None,
     stats_folder: Path | str | None = None,
 ) -> dict[str, int]:
@@ -65,11 +66,12 @@ def collect(
 
     The index shows the SAE's own statistics where it has them, else the measured ones, which then also go to
     `stats.safetensors` in `stats_folder` if that is given. `meta` is written into the index (hashes of model and SAE).
+    Dialogs are written in `chat`, by default as in Llama 3.
     ValueError or OSError in one sentence for what cannot be read.
     """
     _labels_of_same_sae(Path(out_index), _identity(sae) | dict(meta or {}))  # refuses before the text is read
     context = min(context, model.config.max_context)
-    contexts = (row.tokens for row in read_rows(files, tokenizer, ChatFormat(tokenizer), context))
+    contexts = (row.tokens for row in read_rows(files, tokenizer, chat or default_chat(tokenizer), context))
     found = collect_contexts(model, sae, tokenizer, contexts, max_tokens=max_tokens, seed=seed, progress=progress)
     if sae.stats is None and stats_folder is not None:
         write_stats(stats_folder, found.stats)

@@ -21,7 +21,7 @@ from llama_3.tokenizer import Tokenizer
 from sae.model import SAE
 from train.capture import Batch, batches
 from train.errors import TrainError
-from train.text import read_rows
+from train.text import default_chat, read_rows
 
 
 def evaluate(
@@ -33,9 +33,11 @@ def evaluate(
     *,
     context: int = 512,
     batch_tokens: int = 4096,
+    chat: ChatFormat | None = None,
 ) -> dict[str, float]:
     """`fvu`, `l0`, `dead` (share of latents never active), `ce_clean` and `ce_spliced` in nats a token, `delta_ce`, and
     `tokens`, the positions measured. Whole batches are read until these are at least `max_tokens` or the text ends.
+    Dialogs are written in `chat`, by default as in Llama 3.
 
     Raises `TrainError` when the SAE does not fit the model or the text holds nothing to measure.
     """
@@ -48,7 +50,7 @@ def evaluate(
     tally = _Tally(sae)
     loss_clean = loss_spliced = 0.0
     predicted = 0
-    rows = read_rows(files, tokenizer, ChatFormat(tokenizer), min(context, model.config.max_context))
+    rows = read_rows(files, tokenizer, chat or default_chat(tokenizer), min(context, model.config.max_context))
     for batch in batches(rows, sorted(tokenizer.special_ids), batch_tokens):
         tally.batch = batch
         spliced = Hooks()

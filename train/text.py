@@ -72,6 +72,14 @@ def interleave(documents: Iterable[Iterator[list[int]]]) -> Iterator[list[int]]:
         yield item
 
 
+def default_chat(tokenizer: Tokenizer) -> ChatFormat | None:
+    """How dialogs are written when nothing else is said: as in Llama 3; None for a vocabulary without its headers."""
+    try:
+        return ChatFormat(tokenizer)
+    except ValueError:
+        return None
+
+
 def read_rows(
     files: Sequence[Path | str], tokenizer: Tokenizer, chat: ChatFormat | None, context: int
 ) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """Capture writes the model's own residuals, resumes to the same bytes, and notices damage."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_3.chat_format import ChatFormat
 from llama_3.hooks import HookPoint
 from sae.model import SAE, SAEConfig
 from tests.tiny import byte_tokenizer, tiny_model
@@ -61,6 +63,23 @@ def test_a_killed_capture_resumes_to_the_bytes_of_an_unbroken_one(text: Path, tm
     assert 0 < len(read_manifest(tmp_path / "b")["shards"]) < len(read_manifest(tmp_path / "whole")["shards"])
     run(text, tmp_path / "b")
     assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+
+
+def test_dialogs_in_another_chat_format_are_another_capture(tmp_path: Path) -> None:
+    dialog = {"messages": [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on it"}]}
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join([json.dumps(dialog)] * 9))
+    run(file, tmp_path / "a", 50, chat=ChatFormat(byte_tokenizer(), "plain"))
+    assert read_manifest(tmp_path / "a")["chat_format"] == "plain"
+    shard = load_file(tmp_path / "a" / "000000.safetensors")
+    assert bytes(shard["tokens"][:18].tolist()) == b"the cat saton it\n\n"
+    with pytest.raises(TrainError, match="a capture with chat_format = 'plain', not 'llama-3'"):
+        run(file, tmp_path / "a", 50)
+    run(file, tmp_path / "b", 50)
+    manifest = read_manifest(tmp_path / "b")
+    del manifest["chat_format"]  # as it was before formats were recorded
+    write_json(tmp_path / "b" / "manifest.json", manifest)
+    assert run(file, tmp_path / "b", 50).tokens == 50
 
 
 def test_a_finished_capture_has_nothing_left_to_do(text: Path, tmp_path: Path) -> None:

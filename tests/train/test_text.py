@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from llama_3.chat_format import ChatFormat, Message
-from tests.tiny import byte_tokenizer
+from llama_3.tokenizer import TiktokenTokenizer
+from tests.tiny import byte_ranks, byte_tokenizer
 from train.errors import TrainError
-from train.text import interleave, read_documents, read_rows
+from train.text import default_chat, interleave, read_documents, read_rows
 
 TWO = "one\nline\n<|endoftext|>\ntwo\n"
 
@@ -88,3 +89,16 @@ def test_a_dialog_is_written_in_the_chat_format_with_one_bos(tmp_path: Path) -> 
     (row,) = read_rows([tmp_path / "a.jsonl"], tokenizer, chat, context=200)
     assert row.tokens == chat.encode_dialog([Message("user", "hi"), Message("assistant", "yo")])[0]
     assert row.tokens.count(tokenizer.bos_id) == 1
+    (plain,) = read_rows([tmp_path / "a.jsonl"], tokenizer, ChatFormat(tokenizer, "plain"), context=200)
+    assert tokenizer.decode(plain.tokens) == "<|begin_of_text|>hiyo\n\n"
+
+
+def test_a_vocabulary_without_headers_reads_text_but_no_dialogs(tmp_path: Path) -> None:
+    tokenizer = TiktokenTokenizer(byte_ranks(), {"<|begin_of_text|>": 256, "<|eot_id|>": 257})
+    chat = default_chat(tokenizer)
+    assert chat is None and isinstance(default_chat(byte_tokenizer()), ChatFormat)
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    assert [row.tokens for row in read_rows([tmp_path / "a.txt"], tokenizer, chat, context=9)] == [[256, 97, 98, 99]]
+    with pytest.raises(TrainError, match=r"b\.jsonl holds dialogs, but this model has no chat format"):
+        list(read_rows([tmp_path / "b.jsonl"], tokenizer, chat, context=9))
