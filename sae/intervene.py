@@ -250,4 +250,3 @@ def _read(sae: SAE, x_RTD: Tensor, latent: int) -> Tensor:
     """What the encoder reads of one latent (R, T), rectified, before the race for k places."""
     weight_D = sae.W_enc_FD[latent].float()
     return ((x_RTD - sae.b_dec_D.float()) @ weight_D + sae.b_enc_F[latent].float()).relu()
-

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from llama_3.generate import StopText
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
+from llama_3.parallel import agree, load_parallel, main_first, own_device, share, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -73,6 +75,7 @@ class Engine:
         self._held: Held | None = None
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
         if sae and self._hook:
+            sae.prepare()
             check_pair(model, sae, self._hook)
             check_labels(sae, index.meta() if index else {})
         self._name, self._resolver = name, Resolver(sae)
@@ -105,16 +108,25 @@ class Engine:
             torch.set_num_threads(threads)
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
-        path = resolve_model(model)
+        path = resolve_model(model) if world() == 1 else main_first(partial(resolve_model, model))
         config = read_config(path)
         where = choose_placement(device, dtype, config, path)
+        if world() > 1:  # from here on all is about this process' share
+            if quantize:
+                raise SteerError("a model shared out over processes is not quantised", "leave out `--quantize`")
+            reason = "; ".join(filter(None, (where.reason, f"shared out over {world()} processes")))
+            where = replace(where, device=own_device(where.device), reason=reason)
+            config = share(config, world())
         encoder = load_sae(Path(sae), where.device) if sae else None
         keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder else 0
         check_fit(config, path, where, quantize, kept_layers=keep)
         finish = quantizer(quantize, keep) if quantize else None
-        transformer = load_model(path, where.dtype, where.device, finish=finish)
+        if world() > 1:
+            transformer: Transformer = load_parallel(path, where.dtype, where.device)
+        else:
+            transformer = load_model(path, where.dtype, where.device, finish=finish)
         if quantize:
-            quantize_head(transformer, quantize)
+            quantize_head(transformer)  # in int8 always: 4 bits cost the most there
         if compile:
             transformer.compile_blocks()
         tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
@@ -196,7 +208,13 @@ class Engine:
             alternatives,
         )
         return self._run(
-            replies, reuse, token_sampling, list(seeds), max_tokens, stop or threading.Event(), stop_strings
+            replies,
+            reuse,
+            token_sampling,
+            agree(seeds) if world() > 1 else list(seeds),
+            max_tokens,
+            stop or threading.Event(),
+            stop_strings,
         )
 
     def _run(
