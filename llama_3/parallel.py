@@ -1,4 +1,4 @@
-"""One model over the processes that torchrun started on this machine: tensor parallelism, for models larger than a card.
+"""One model over the processes that torchrun started on this machine, for models larger than one card.
 
 Each process (rank) holds a share of every block: some heads and some columns of the feed-forward, read straight from
 the checkpoint. Its `Transformer` is a plain one of a smaller config, so the cache of keys and values is its own heads'
@@ -11,23 +11,27 @@ Paper: Megatron-LM (1909.08053).
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from llama_3.checkpoint import Checkpoint, open_checkpoint, parameter_sources, tensor_shapes
 from llama_3.config import ModelConfig, config_error
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.linear import Linear, project
 from llama_3.model import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -40,29 +44,13 @@ def is_main() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def join(device: str = "cpu") -> str:
-    """Meet the other processes, once; the device of this one, `cuda:N` for `cuda`.
-
-    ValueError for a device that processes cannot share out, and for more processes than cards.
-    """
-    if device.partition(":")[0] == "cuda":
-        cards, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
-        most = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
-        if device not in ("cuda", f"cuda:{here}"):
-            raise config_error(f"{device} is one card, and {world()} processes share the model", "use `cuda`")
-        if most > cards:
-            raise config_error(
-                f"torchrun started {most} processes, and this machine has {cards} cards", f"`--nproc-per-node {cards}`"
-            )
-        torch.cuda.set_device(here)
-        device = f"cuda:{here}"
-    elif device != "cpu":
-        raise config_error(f"a model cannot be shared out over processes on {device}", "use cpu or cuda")
+def join() -> None:
+    """Meet the other processes, once: what is agreed on goes over the host, tensors of a card from card to card."""
     if not dist.is_initialized():
-        # Both, where there are cards: what is agreed on lies on the host.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+        cards = torch.cuda.is_available() and dist.is_nccl_available()
+        # Rank 0 may download for hours while the others wait; torchrun ends them when one of them dies.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=timedelta(days=1))
         atexit.register(_leave)
-    return device
 
 
 def _leave() -> None:
@@ -70,32 +58,56 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def agree(values: Sequence[int]) -> list[int]:
-    """Rank 0's values, on every rank: for what is drawn at random. Every rank must ask, with as many."""
+def agree(values: Sequence[T]) -> list[T]:
+    """Rank 0's values, on every rank: for what is drawn at random or read once. Every rank must ask, with as many."""
     join()
     agreed = list(values)
     dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
     return agreed
 
 
+def main_first(work: Callable[[], T]) -> T:
+    """The result of `work` on each rank, done by rank 0 alone before the others begin, as for a download."""
+    if not is_main():
+        agree([None])
+        return work()
+    try:
+        return work()
+    finally:
+        agree([None])
+
+
+def own_device(device: str) -> str:
+    """This rank's part of a kind of device: `cuda:N` for `cuda`, from now on the default card; `cpu` as it is.
+
+    ValueError for a device that processes cannot share out, and for more processes than cards.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        if kind != "cpu":
+            raise config_error(f"a model cannot be shared out over processes on {device}", "use cpu or cuda")
+        return device
+    here, cards = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
+    if processes > cards:
+        hint = f"start torchrun with `--nproc-per-node {cards}`" if cards > 1 else "start it without torchrun"
+        raise config_error(f"torchrun started {processes} processes, and this machine has {cards} cards", hint)
+    if number and int(number) != here:
+        raise config_error(f"{device} is one card, and {processes} processes share the model", "use cuda")
+    torch.cuda.set_device(here)
+    return f"cuda:{here}"
+
+
 def share(config: ModelConfig, ranks: int) -> ModelConfig:
     """The config of what each of so many ranks holds; ValueError where heads or columns cannot be shared out evenly."""
-    for name, count in (
-        ("key-value heads", config.n_kv_heads),
-        ("attention heads", config.n_heads),
-        ("feed-forward columns", config.d_ff),
-    ):
+    parts = {"key-value heads": config.n_kv_heads, "feed-forward columns": config.d_ff}
+    for name, count in parts.items():  # attention heads are a multiple of their key-value heads
         if count % ranks:
-            fits = [n for n in range(ranks - 1, 0, -1) if not (config.n_kv_heads % n or config.d_ff % n)]
-            raise config_error(
-                f"{count} {name} cannot be shared out evenly over {ranks} processes", f"`--nproc-per-node {fits[0]}`"
-            )
-    return replace(
-        config,
-        n_heads=config.n_heads // ranks,
-        n_kv_heads=config.n_kv_heads // ranks,
-        d_ff=config.d_ff // ranks,
-    )
+            fits = next(n for n in range(ranks - 1, 0, -1) if not any(other % n for other in parts.values()))
+            hint = f"start torchrun with `--nproc-per-node {fits}`" if fits > 1 else "start it without torchrun"
+            raise config_error(f"{count} {name} cannot be shared out evenly over {ranks} processes", hint)
+    heads, kv_heads, d_ff = config.n_heads // ranks, config.n_kv_heads // ranks, config.d_ff // ranks
+    return replace(config, n_heads=heads, n_kv_heads=kv_heads, d_ff=d_ff)
 
 
 class ParallelTransformer(Transformer):
@@ -121,17 +133,14 @@ class ParallelTransformer(Transformer):
 class _Share(Linear):
     """This rank's part of a product, by the kernels of one process: DTensor knows neither `mv` nor our blocks."""
 
-    def __init__(self, weight: Tensor, mesh: DeviceMesh, axis: int) -> None:
+    def __init__(self, own: Tensor, weight: Tensor, wrap: Callable[[Tensor], Tensor]) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.mesh, self.own = mesh, weight
-        self.result: Placement = Shard(-1) if axis == 0 else Partial()
-        self.weight = nn.Parameter(DTensor.from_local(weight, mesh, [Shard(axis)], run_check=False), False)
+        self.own, self.wrap = own, wrap
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(x, DTensor)
-        return DTensor.from_local(project(x.to_local(), self.own), self.mesh, [self.result], run_check=False)
+        return self.wrap(project(cast("DTensor", x).to_local(), self.own))
 
 
 def load_parallel(
@@ -139,9 +148,10 @@ def load_parallel(
 ) -> ParallelTransformer:
     """This rank's share of the model at `path`, weights frozen; `load_model` for every process of torchrun.
 
-    Errors are those of `load_model`, of `share` and of `join`; what one rank meets while it reads is raised on all.
+    Errors are those of `load_model`, `share` and `own_device`; what one rank meets while it reads is raised on all.
     """
-    where = join(str(device))
+    join()
+    where = own_device(str(device))
     failed: Exception | None = None
     model = None
     try:
@@ -162,8 +172,18 @@ def load_parallel(
 
 
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> ParallelTransformer:
+    # Here, since importing them takes more than a second.
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
     config, ranks, rank = checkpoint.config, world(), dist.get_rank()
-    mesh = init_device_mesh(torch.device(device).type, (ranks,))
+    mesh = dist.init_device_mesh(torch.device(device).type, (ranks,))
+
+    def shared_out(own: Tensor, axis: int) -> _Share:
+        placed = partial(DTensor.from_local, device_mesh=mesh, run_check=False)
+        result = Shard(-1) if axis == 0 else Partial()
+        return _Share(own, placed(own, placements=[Shard(axis)]), partial(placed, placements=[result]))
+
     with torch.device("meta"):
         model = ParallelTransformer(share(config, ranks))
     shapes, even = tensor_shapes(config), config.vocab_size % ranks == 0
@@ -183,9 +203,9 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> ParallelTr
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
         else:
             parent, _, part = owner.rpartition(".")
-            setattr(model.get_submodule(parent), part, _Share(weight, mesh, axis))
+            setattr(model.get_submodule(parent), part, shared_out(weight, axis))
     if config.tied and even:  # each rank multiplies by its rows of the embedding, which it holds whole
-        model.head = _Share(model.embedding_VD.detach().chunk(ranks)[rank], mesh, 0)
+        model.head = shared_out(model.embedding_VD.detach().chunk(ranks)[rank], 0)
     by_rows, by_columns = ColwiseParallel(), RowwiseParallel()  # named after the other factor
     plan = {"attention.qkv": by_rows, "attention.out": by_columns}
     plan |= {"feed_forward.gate_up": by_rows, "feed_forward.down": by_columns}
