@@ -76,6 +76,11 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes that one product reads."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
     def weight(self) -> Tensor:
         """The whole weight (N, K) in the model's dtype, made anew at each access."""
         blocks = [self.dequantized(start, stop) for start, stop in _steps(self.out_features, self.in_features)]
@@ -164,6 +169,10 @@ class SplitInt8Linear(QuantizedLinear):
     def dequantized(self, start: int, stop: int) -> Tensor:
         whole: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
         return whole[start:stop].dequantize()
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.out_features * (self.in_features + 8)  # and per output a scale and the sum of its weights
 
     @property
     def weight(self) -> Tensor:
