@@ -176,7 +176,8 @@ def recognise(template: str) -> Recognised | None:
         date = re.search(r"date_string\s*=\s*[\"']([^\"'{}]+)[\"']", template)
         return Recognised("llama-3.1", date.group(1) if date else None)
     if "<|im_start|>" in template:
-        default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{}'\"]*)<\|im_end\|>", template)
+        # A default system message is a literal; where something is put together with + or ~ it is a given message.
+        default = re.search(r"<\|im_start\|>system(?:\n|\\n)((?:(?!['\"]\s*[+~])[^<{}])*)<\|im_end\|>", template)
         return Recognised("chatml", system=default.group(1) if default else None, bos=bos)
     if "[INST]" in template and "<<SYS>>" in template:
         return Recognised("llama-2")

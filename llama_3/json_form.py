@@ -2,7 +2,8 @@
 
 The shape is recognised by everything that decides about ids: the split, no normalizer, whole words first, merges in
 the order of the ranks and none left out, only special tokens added. A file that differs in one of them is cut by the
-library that defines the format, so that ids are exact either way.
+library that defines the format, so that ids are exact either way. Of Llama 2's kind the file's own rule for spaces is
+followed, which agrees with sentencepiece and Meta's code; transformers 5 replaces it when it loads such a file.
 """
 
 import json

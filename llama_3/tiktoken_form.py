@@ -64,6 +64,8 @@ def read_ranks(raw: bytes, path: Path) -> dict[bytes, int]:
     """The ranks of a `tokenizer.model` in tiktoken's form; ValueError where a line is wrong or a rank is missing."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             piece, rank = line.split()
             ranks[base64.b64decode(piece, validate=True)] = int(rank)

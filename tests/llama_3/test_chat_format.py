@@ -4,6 +4,8 @@ The templates are written here from what is known about the published ones; the 
 """
 
 import datetime
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import gguf
 import pytest
 
 from llama_3.chat_format import FORMATS, ChatFormat, Message, load_chat_format, read_chat_template
+from llama_3.chat_styles import recognise
 from llama_3.tokenizer import Tokenizer, load_tokenizer, special_names
 from tests.llama_3 import vocabularies
 from tests.tiny import byte_ranks, byte_tokenizer
@@ -117,14 +120,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             file = folder / "tokenizer.json"
             file.write_text(file.read_text().replace("<|eot_id|>", "<|im_end|>").replace("<|eom_id|>", "<|im_start|>"))
             vocabularies.write_config(folder, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=template)
-    return {name: root / name for name in TEMPLATES}
+    # Transformers 5 saves such a vocabulary with a rule that puts a space only at the very start.
+    shutil.copytree(root / "llama-2", root / "llama-2 saved again")
+    file = root / "llama-2 saved again" / "tokenizer.json"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": None, "pre_tokenizer": metaspace}))
+    return {name: root / name for name in [*TEMPLATES, "llama-2 saved again"]}
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "demo"])
+@pytest.mark.parametrize("name", [*TEMPLATES, "llama-2 saved again", "demo"])
 def test_chats_equal_those_of_the_checkpoints_own_template(name: str, folders: dict[str, Path]) -> None:
     folder = DEMO if name == "demo" else folders[name]
     chat, theirs = load_chat_format(folder, load_tokenizer(folder)), vocabularies.transformers_of(folder)
-    assert chat.name == ("llama-3" if name == "demo" else name)
+    assert chat.name == ("llama-3" if name == "demo" else name.removesuffix(" saved again"))
     for dialog in dialogs():
         for generation_prompt in (True, False):
             tokens, spans = chat.encode_dialog(dialog, generation_prompt=generation_prompt)
@@ -228,6 +236,13 @@ def test_the_template_decides(template: Any, name: str, tmp_path: Path) -> None:
         assert "1 May 2025" in chat.note
     if template is None:
         assert "has no template" in chat.note
+
+
+def test_a_default_system_message_is_read_where_it_is_a_literal() -> None:
+    literal = "{{ '<|im_start|>system\\nYou're SmolLM, small<|im_end|>\\n' }}{{ '<|im_start|>' + role }}"
+    joined = "{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
+    found = [recognise(template) for template in (literal, literal.replace("\\n", "\n"), joined, joined + literal)]
+    assert [one and one.system for one in found] == ["You're SmolLM, small"] * 2 + [None, "You're SmolLM, small"]
 
 
 def test_a_template_in_a_file_of_its_own_comes_first(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_other_byte_level_vocabularies_from_gguf_lists(name: str, texts: list[st
     types = [CONTROL] * 3 + [NORMAL] * 700
     merges = [" ".join(merge) for merge in model["merges"]]
     ours = read_gguf_vocabulary(gguf_lists(tokens, types, 1, 2, model="gpt2", pre=name, merges=merges), "tiny.gguf")
+    texts = texts[::4]
     expected = [[token + 3 for token in encoding.ids] for encoding in fast.encode_batch(texts)]
     assert [ours.encode(text) for text in texts] == expected
     assert (ours.bos_id, ours.eot_id, ours.special_ids) == (1, 2, {0, 1, 2})
