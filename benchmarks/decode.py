@@ -241,7 +241,7 @@ def table(lines: list[dict[str, Any]]) -> None:
             f"{line['who']:22}{line['ready_s']:14.1f}{line['peak_gb']:9.2f}{line['logits_off']:12.2e}{line['kl']:11.1e}"
         )
     print(
-        "\nx peer: beside transformers plain in the same dtype. bound: weights read once, at the rate of torch.mv (for 8"
+        "\nx peer: beside transformers plain in the same dtype. bound: weights read once at the rate of torch.mv (for 8"
     )
     print("rows as well); for prefill the blocks' multiplications at the rate of the quickest matrix product.")
 

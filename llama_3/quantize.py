@@ -42,7 +42,7 @@ _BLOCK = 2**20
 """Numbers of a weight that are float32 at one time."""
 _MANY = 32
 """From this many rows on an int4 weight is turned back into numbers rather than read once per row."""
-_TINY = 1e-36
+_TINY = 1e-34
 """Below every number that matters and far enough from zero to divide by."""
 
 
