@@ -36,12 +36,12 @@ T = TypeVar("T")
 
 def world() -> int:
     """How many processes share the model: torchrun's number, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def is_main() -> bool:
     """Whether this process is the one that speaks."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return world() == 1 or os.environ["RANK"] == "0"
 
 
 def join() -> None:
@@ -87,8 +87,8 @@ def own_device(device: str) -> str:
         if kind != "cpu":
             raise config_error(f"a model cannot be shared out over processes on {device}", "use cpu or cuda")
         return device
-    here, cards = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
+    here, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if processes > cards:
         hint = f"start torchrun with `--nproc-per-node {cards}`" if cards > 1 else "start it without torchrun"
         raise config_error(f"torchrun started {processes} processes, and this machine has {cards} cards", hint)
@@ -173,11 +173,12 @@ def load_parallel(
 
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> ParallelTransformer:
     # Here, since importing them takes more than a second.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     config, ranks, rank = checkpoint.config, world(), dist.get_rank()
-    mesh = dist.init_device_mesh(torch.device(device).type, (ranks,))
+    mesh = init_device_mesh(torch.device(device).type, (ranks,))
 
     def shared_out(own: Tensor, axis: int) -> _Share:
         placed = partial(DTensor.from_local, device_mesh=mesh, run_check=False)

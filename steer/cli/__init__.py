@@ -3,6 +3,8 @@
 One file for each group of commands; what every command takes is declared in `options.py`. Torch and Textual are
 imported inside the commands that need them, so that `steer --help` is instant.
 
+Under torchrun every process runs the same command on its share of the model, and the first one speaks for all.
+
 Exit codes: 0 done; 1 a mistake or a failed check, explained; 2 wrong usage; 130 interrupted.
 """
 
@@ -12,23 +14,35 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 import typer
 
 from steer.cli import capture, chat, complete, doctor, features, inspect, label, train
-from steer.cli.options import app
+from steer.cli.options import app, is_heard, processes
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
 
 COMMANDS = (chat, complete, inspect, features, capture, train, label, doctor)
 """The modules that put their commands on `app`, in the order of the help."""
+SHARED = ("complete", "inspect")
+"""Commands that several processes run together: the others ask a person, or write files."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if is_heard():
+        return _main(arguments)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
+        if processes() > 1:
+            _check_shared(arguments)
         code = app(list(arguments), prog_name="steer", standalone_mode=False)
         sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:  # typer has turned the interruption into its code
@@ -56,9 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.MISTAKE
     except (MemoryError, RuntimeError) as error:
         # Torch says that memory ran out by a RuntimeError, in words that differ from device to device.
-        if "--debug" in arguments or not (isinstance(error, MemoryError) or "memory" in str(error)):
+        # A process that is not heard crashes instead: its memory may be short where that of the first is not.
+        known = isinstance(error, MemoryError) or "memory" in str(error)
+        if not known or "--debug" in arguments or not is_heard():
             raise
         why = str(error).partition("\n")[0] or "no more could be had"
         hint = "a smaller model, SAE or batch, fewer tokens, `--dtype bfloat16` or `--quantize int8` needs less"
         print(render(SteerError(f"the memory does not suffice: {why}", hint)), file=sys.stderr)
         return ExitCode.MISTAKE
+
+
+def _check_shared(arguments: Sequence[str]) -> None:
+    """`SteerError` for a command that is none for several processes."""
+    name = next((argument for argument in arguments if not argument.startswith("-")), "chat")
+    if name not in SHARED and not {"--help", "--version"}.intersection(arguments):
+        raise SteerError(
+            f"`steer {name}` is for one process, and torchrun started {processes()}",
+            "several share a model in `steer complete` and `steer inspect`",
+        )
