@@ -3,6 +3,7 @@
 Weights are rounded to float16 before anything is written, so that every layout can hold them exactly.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ VARIANTS: dict[str, tuple[ModelConfig, tuple[int, ...], bool]] = {
     "llama 3.1": (variant(**LLAMA_3, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)), (1, 2, 8), False),
     "llama 3.2": (variant(**SMALL_LLAMA_3, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192)), (1, 2), False),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more, and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rounded_model(config: ModelConfig) -> Transformer:
