@@ -60,14 +60,15 @@ def _leave() -> None:
 
 def agree(values: Sequence[T]) -> list[T]:
     """Rank 0's values, on every rank: for what is drawn at random or read once. Every rank must ask, with as many."""
-    join()
     agreed = list(values)
-    dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
+    if world() > 1:
+        join()
+        dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
     return agreed
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """The result of `work` on each rank, done by rank 0 alone before the others begin, as for a download."""
+    """The result of `work` on each rank, which the others begin when rank 0 is done, as for a download."""
     if not is_main():
         agree([None])
         return work()
@@ -75,6 +76,24 @@ def main_first(work: Callable[[], T]) -> T:
         return work()
     finally:
         agree([None])
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of `work` on each rank; what one of them meets is raised on all, so that none waits for it."""
+    if world() == 1:
+        return work()
+    join()
+    result, met = None, None
+    try:
+        result = work()
+    except Exception as error:
+        met = error
+    everywhere: list[Exception | None] = [None] * world()
+    dist.all_gather_object(everywhere, met)
+    for each in (met, *everywhere):
+        if each is not None:
+            raise each
+    return cast(T, result)
 
 
 def own_device(device: str) -> str:
@@ -87,13 +106,13 @@ def own_device(device: str) -> str:
         if kind != "cpu":
             raise config_error(f"a model cannot be shared out over processes on {device}", "use cpu or cuda")
         return device
+    if number:
+        raise config_error(f"{device} is one card, and {world()} processes share the model", "use cuda")
     here, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if processes > cards:
         hint = f"start torchrun with `--nproc-per-node {cards}`" if cards > 1 else "start it without torchrun"
         raise config_error(f"torchrun started {processes} processes, and this machine has {cards} cards", hint)
-    if number and int(number) != here:
-        raise config_error(f"{device} is one card, and {processes} processes share the model", "use cuda")
     torch.cuda.set_device(here)
     return f"cuda:{here}"
 
@@ -148,37 +167,26 @@ def load_parallel(
 ) -> ParallelTransformer:
     """This rank's share of the model at `path`, weights frozen; `load_model` for every process of torchrun.
 
-    Errors are those of `load_model`, `share` and `own_device`; what one rank meets while it reads is raised on all.
+    `device` is cpu, or what `own_device` says. Errors are those of `load_model` and `share`.
     """
-    join()
-    where = own_device(str(device))
-    failed: Exception | None = None
-    model = None
-    try:
-        with open_checkpoint(path) as checkpoint:
-            checkpoint.check()
-            kind = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            model = _fill(checkpoint, kind, where)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        failed = error
-    # A rank that failed alone would leave the others waiting for it.
-    every: list[Exception | None] = [None] * world()
-    dist.all_gather_object(every, failed)
-    for rank in sorted(range(world()), key=lambda rank: rank != dist.get_rank()):
-        if (met := every[rank]) is not None:
-            raise met
-    assert model is not None
-    return model.eval()
+    return together(partial(_load, path, dtype, torch.device(device)))
 
 
-def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> ParallelTransformer:
+def _load(path: Path | str, dtype: torch.dtype | str, device: torch.device) -> ParallelTransformer:
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check()
+        kind = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return _fill(checkpoint, kind, device).eval()
+
+
+def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ParallelTransformer:
     # Here, since importing them takes more than a second.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     config, ranks, rank = checkpoint.config, world(), dist.get_rank()
-    mesh = init_device_mesh(torch.device(device).type, (ranks,))
+    mesh = init_device_mesh(device.type, (ranks,))
 
     def shared_out(own: Tensor, axis: int) -> _Share:
         placed = partial(DTensor.from_local, device_mesh=mesh, run_check=False)

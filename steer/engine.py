@@ -22,7 +22,7 @@ from llama_3.generate import StopText
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
-from llama_3.parallel import agree, load_parallel, main_first, own_device, share, world
+from llama_3.parallel import agree, load_parallel, main_first, own_device, share, together, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -108,7 +108,7 @@ class Engine:
             torch.set_num_threads(threads)
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
-        path = resolve_model(model) if world() == 1 else main_first(partial(resolve_model, model))
+        path = main_first(partial(resolve_model, model))
         config = read_config(path)
         where = choose_placement(device, dtype, config, path)
         if world() > 1:  # from here on all is about this process' share
@@ -119,7 +119,7 @@ class Engine:
             config = share(config, world())
         encoder = load_sae(Path(sae), where.device) if sae else None
         keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder else 0
-        check_fit(config, path, where, quantize, kept_layers=keep)
+        together(partial(check_fit, config, path, where, quantize, kept_layers=keep))
         finish = quantizer(quantize, keep) if quantize else None
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
@@ -211,7 +211,7 @@ class Engine:
             replies,
             reuse,
             token_sampling,
-            agree(seeds) if world() > 1 else list(seeds),
+            agree(seeds),
             max_tokens,
             stop or threading.Event(),
             stop_strings,
