@@ -30,6 +30,7 @@ FORMATS: Final[dict[str, Spell]] = {
 }
 """The formats by name; Llama 3.3 has that of 3.1."""
 
+_HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
 _NAMES = ", ".join(FORMATS)
 _DATED = ("llama-3.1", "llama-3.2")
 _FIXED_DATE = "26 Jul 2024"
@@ -68,9 +69,12 @@ class ChatFormat:
         """
         if name not in FORMATS:
             raise config_error(f"there is no chat format {name!r}", f"choose one of {_NAMES}")
-        if FORMATS[name] is chat_styles.llama_3:
-            for needed in ("<|start_header_id|>", "<|end_header_id|>"):
-                tokenizer.special(needed)
+        lacking = [header for header in _HEADERS if not _has(tokenizer, header)]
+        if lacking and FORMATS[name] is chat_styles.llama_3:
+            raise config_error(
+                f"chat format {name} needs the special token {lacking[0]}, which this model's vocabulary lacks",
+                f"choose another of {_NAMES}",
+            )
         own = template or Recognised(name)
         if name in _DATED:
             date = date or own.date or (_FIXED_DATE if name == "llama-3.1" else day.today().strftime("%d %b %Y"))
@@ -78,7 +82,7 @@ class ChatFormat:
             raise config_error(f"chat format {name} shows no date, so {date!r} cannot be shown", "leave the date out")
         self.tokenizer, self.name = tokenizer, name
         self.note = "".join([name, why and f", {why}", f"; its system block gives the date as {date}" if date else ""])
-        self._style = Style(tokenizer, date, own.system, own.bos)
+        self._style = Style(tokenizer, date, own.system, own.bos, own.trim)
         self._spell = FORMATS[name]
 
     def encode_dialog(
@@ -106,6 +110,9 @@ class ChatFormat:
         when those that stay do not fit.
         """
         assert messages, "a dialog needs a message"
+        tokens, spans = self.encode_dialog(messages)
+        if len(tokens) <= budget:
+            return tokens, spans, 0
         n_system = 1 if messages[0].role == "system" and len(messages) > 1 else 0
         system, turns = list(messages[:n_system]), messages[n_system:]
         last = len(turns) - 1
@@ -150,9 +157,8 @@ def _parts_of_tokens(parts: Sequence[tuple[str, bool]], sizes: Sequence[int]) ->
     for size in sizes:
         begin, end = end, end + size
         first, last = (min(place, len(parts) - 1) for place in (bisect_right(ends, begin), bisect_left(ends, end)))
-        yield next(
-            (part for part in range(last, first, -1) if all(parts[part])), last if not parts[first][1] else first
-        )
+        held = [part for part in range(first, last + 1) if parts[part][0] and parts[part][1]]
+        yield held[-1] if held else last
 
 
 def load_chat_format(
@@ -198,7 +204,7 @@ def _default_template(entry: Any) -> str | None:
 
 
 def _choose(path: Path, tokenizer: Tokenizer, template: str | None, found: Recognised | None) -> tuple[str, str]:
-    has_headers = _has(tokenizer, "<|start_header_id|>") and _has(tokenizer, "<|end_header_id|>")
+    has_headers = all(_has(tokenizer, header) for header in _HEADERS)
     if found is not None and (has_headers or FORMATS[found.name] is not chat_styles.llama_3):
         return found.name, "as in the checkpoint's own template"
     if template is not None:

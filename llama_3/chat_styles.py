@@ -39,6 +39,8 @@ class Style:
     """system message of dialogs without one (ChatML)"""
     bos: bool = False
     """whether ChatML's and Zephyr's dialogs begin with the first token"""
+    trim: bool = True
+    """whether Llama 3's contents are trimmed"""
 
     def marker(self, name: str, message: int | None) -> Piece:
         """`name` as the special token that it is in some vocabularies, else as text."""
@@ -58,7 +60,7 @@ Spell = Callable[[Style, Sequence[Message], bool], Iterator[Piece]]
 
 
 def llama_3(style: Style, messages: Sequence[Message], reply: bool) -> Iterator[Piece]:
-    """Headers and `<|eot_id|>`, contents trimmed; with a date also the system block of Llama 3.1 and later."""
+    """Headers and `<|eot_id|>`, contents mostly trimmed; with a date also the system block of Llama 3.1 and later."""
     special, eot = style.tokenizer.special, style.tokenizer.eot_id
 
     def header(role: str, message: int | None) -> Iterator[Piece]:
@@ -77,7 +79,7 @@ def llama_3(style: Style, messages: Sequence[Message], reply: bool) -> Iterator[
         yield from header(message.role, i)
         if block and i == 0 and message.role == "system":
             yield Piece(block, i)
-        yield Piece(message.content.strip(), i, True)
+        yield Piece(message.content.strip() if style.trim else message.content, i, True)
         yield Piece(eot, i)
     if reply:
         yield from header("assistant", None)
@@ -163,18 +165,19 @@ class Recognised:
     date: str | None = None
     system: str | None = None
     bos: bool = False
+    trim: bool = True
 
 
 def recognise(template: str) -> Recognised | None:
     """The format of a Jinja template, told by what it writes; None for one that is none of ours."""
-    bos = "bos_token" in template
+    bos, trim = "bos_token" in template, "trim" in template or "strip()" in template
     if "<|start_header_id|>" in template:
         if "Cutting Knowledge Date" not in template:
-            return Recognised("llama-3")
+            return Recognised("llama-3", trim=trim)
         if "strftime_now" in template:
-            return Recognised("llama-3.2")
+            return Recognised("llama-3.2", trim=trim)
         date = re.search(r"date_string\s*=\s*[\"']([^\"'{}]+)[\"']", template)
-        return Recognised("llama-3.1", date.group(1) if date else None)
+        return Recognised("llama-3.1", date.group(1) if date else None, trim=trim)
     if "<|im_start|>" in template:
         # A default system message is a literal; where something is put together with + or ~ it is a given message.
         default = re.search(r"<\|im_start\|>system(?:\n|\\n)((?:(?!['\"]\s*[+~])[^<{}])*)<\|im_end\|>", template)

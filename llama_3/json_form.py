@@ -59,7 +59,7 @@ def read_json_form(
     if kind not in ("BPE", "Unigram"):
         raise config_error(f"{where} is a tokenizer of type {kind}, and only BPE and Unigram are supported")
     if ranks := _llama_3_ranks(raw):
-        specials = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        specials = {token["content"]: int(token["id"]) for token in raw["added_tokens"]}
         return TiktokenTokenizer(ranks, specials, where, bos=bos, eos=eos)
     return JsonTokenizer(raw, where, bos=bos, eos=eos)
 
@@ -78,7 +78,8 @@ def _llama_3_ranks(raw: dict[str, Any]) -> dict[bytes, int] | None:
             and byte_level["type"] == "ByteLevel"
             and not byte_level["add_prefix_space"]
             and byte_level["use_regex"] is False
-            and all(token["special"] is True for token in added)
+            and all(token["special"] is True and isinstance(token["content"], str) for token in added)
+            and all(0 <= token["id"] < 2**31 for token in added)
         ):
             return None
         names = {token["content"]: int(token["id"]) for token in added}

@@ -99,7 +99,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def model_folders(path: Path) -> list[Path]:
     """Where a model's small files lie: its folder, then the `original/` inside; none for a single GGUF file."""
-    return [path, path / "original"] if path.suffix != ".gguf" or path.is_dir() else []
+    return [path, path / "original"] if path.suffix.lower() != ".gguf" or path.is_dir() else []
 
 
 def gguf_metadata(path: Path) -> dict[str, Any] | None:

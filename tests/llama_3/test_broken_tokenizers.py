@@ -56,6 +56,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         ('{"model": {"type": "BPE"}}', "neither in bytes nor with U+2581"),
         ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "is not a tokenizer that can be used"),
         ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}, "added_tokens": 3}', "is not a tokenizer"),
+        ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}, "added_tokens": [[]]}', "is not a tokenizer"),
     ],
 )
 def test_a_damaged_tokenizer_json(raw: str, sentence: str, tmp_path: Path) -> None:
@@ -173,5 +174,5 @@ def damage(whole: bytes, rng: random.Random) -> bytes:
     raw = json.loads(whole)
     target = rng.choice([raw, raw["model"], rng.choice(raw["added_tokens"])])
     key = rng.choice(list(target))
-    target[key] = rng.choice([None, -1, "x", [], {}, 1e300, {"type": "x"}, [[]], True])
+    target[key] = rng.choice([None, -1, 10**12, "x", [], {}, 1e300, {"type": "x"}, [[]], True])
     return json.dumps(raw).encode()

@@ -120,19 +120,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             file = folder / "tokenizer.json"
             file.write_text(file.read_text().replace("<|eot_id|>", "<|im_end|>").replace("<|eom_id|>", "<|im_start|>"))
             vocabularies.write_config(folder, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=template)
+    vocabularies.write_llama_3_json(root / "llama-3 untrimmed", model, LLAMA_3_0.replace(" | trim", ""))
     # Transformers 5 saves such a vocabulary with a rule that puts a space only at the very start.
     shutil.copytree(root / "llama-2", root / "llama-2 saved again")
     file = root / "llama-2 saved again" / "tokenizer.json"
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": None, "pre_tokenizer": metaspace}))
-    return {name: root / name for name in [*TEMPLATES, "llama-2 saved again"]}
+    return {name: root / name for name in [*TEMPLATES, "llama-2 saved again", "llama-3 untrimmed"]}
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "llama-2 saved again", "demo"])
+@pytest.mark.parametrize("name", [*TEMPLATES, "llama-2 saved again", "llama-3 untrimmed", "demo"])
 def test_chats_equal_those_of_the_checkpoints_own_template(name: str, folders: dict[str, Path]) -> None:
     folder = DEMO if name == "demo" else folders[name]
     chat, theirs = load_chat_format(folder, load_tokenizer(folder)), vocabularies.transformers_of(folder)
-    assert chat.name == ("llama-3" if name == "demo" else name.removesuffix(" saved again"))
+    assert chat.name == ("llama-3" if name == "demo" else name.split()[0])
     for dialog in dialogs():
         for generation_prompt in (True, False):
             tokens, spans = chat.encode_dialog(dialog, generation_prompt=generation_prompt)
@@ -300,7 +301,7 @@ def test_names_and_dates_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="llama-3 shows no date, so '1 May' cannot be shown"):
         load_chat_format(tmp_path, tokenizer, date="1 May")
     vocabularies.write_llama_2_json(tmp_path, vocabularies.train_sentencepiece())
-    with pytest.raises(ValueError, match=r"no special token <\|start_header_id\|>"):
+    with pytest.raises(ValueError, match=r"llama-3.1 needs the special token <\|start_header_id\|>"):
         load_chat_format(tmp_path, load_tokenizer(tmp_path), "llama-3.1")
     assert ChatFormat(tokenizer).name == ChatFormat(tokenizer).note == "llama-3"
 
