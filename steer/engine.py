@@ -145,7 +145,7 @@ class Engine:
     @property
     def info(self) -> EngineInfo:
         config, sae = self.model.config, self.sae
-        dtype = str(self.model.dtype).removeprefix("torch.") + (f" and {self._quantized}" if self._quantized else "")
+        dtype = str(self.model.dtype).removeprefix("torch.") + (f"+{self._quantized}" if self._quantized else "")
         stats = sae.stats if sae else None
         return EngineInfo(
             self._name,

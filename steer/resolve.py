@@ -103,13 +103,13 @@ class Resolver:
 
 def check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
     """Refuse an SAE that cannot belong to this model."""
-    if sae.config.d_in != model.config.d_model:
-        raise SteerError(
-            f"this SAE reads vectors of {sae.config.d_in}, the model's residual stream has {model.config.d_model}",
-            "pass the SAE that was trained on this model",
-        )
     if hook.layer >= model.config.n_layers:
         raise SteerError(f"this SAE stands at {hook}, the model has {model.config.n_layers} blocks, from 0")
+    if sae.config.d_in != (width := hook.width(model.config)):
+        raise SteerError(
+            f"this SAE reads vectors of {sae.config.d_in}, those of the model at {hook} have {width}",
+            "pass the SAE that was trained on this model",
+        )
 
 
 def check_labels(sae: SAE, meta: Mapping[str, str]) -> None:

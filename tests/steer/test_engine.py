@@ -17,7 +17,7 @@ from steer.engine import Engine
 from steer.errors import SteerError
 from steer.events import Event, Finished, PromptRead, TokenEvent
 from steer.session import Prompt, Sampling
-from tests.tiny import byte_tokenizer, tiny_model, write_tiny_checkpoint
+from tests.tiny import byte_tokenizer, tiny_config, tiny_model, write_tiny_checkpoint
 
 HOOK = "blocks.0.hook_resid_post"
 ASK = Prompt(text="Once upon a time")
@@ -185,10 +185,20 @@ def test_without_an_sae_edits_are_refused_and_text_still_comes() -> None:
 
 
 def test_an_sae_of_another_width_or_depth_is_refused() -> None:
-    with pytest.raises(SteerError, match=r"vectors of 16.*stream has 32"):
+    with pytest.raises(SteerError, match=r"vectors of 16.*hook_resid_post have 32"):
         Engine(tiny_model(), byte_tokenizer(), tiny_sae(d_in=16))
     with pytest.raises(SteerError, match=r"blocks\.9"):
         Engine(tiny_model(), byte_tokenizer(), tiny_sae(hook="blocks.9.hook_resid_post"))
+
+
+@pytest.mark.parametrize("site", ["attn_norm", "attn_z", "mlp_out"])
+def test_an_sae_stands_at_any_site_and_steers_there(site: str) -> None:
+    model = tiny_model(config=tiny_config(head_dim=12))
+    width = 48 if site == "attn_z" else 32
+    engine = Engine(model, byte_tokenizer(), tiny_sae(d_in=width, hook=f"blocks.1.hook_{site}"))
+    plain, pushed = (run(engine, [ASK], [one]) for one in (SteeringSet(), steering("3 +40")))
+    assert end(pushed).report.steered and not end(plain).report.steered
+    assert tokens(plain) != tokens(pushed)
 
 
 def test_the_oldest_turns_make_room_and_a_message_that_cannot_fit_is_refused(engine: Engine) -> None:
