@@ -120,9 +120,9 @@ class Store:
             raise SteerError("a reply is still being written", "stop it first")
         try:
             mode: Mode = _one_of(data["mode"], get_args(Mode))
-            sampling = Sampling(
-                **{key: type(getattr(Sampling(), key))(value) for key, value in data["sampling"].items()}
-            )
+            biases = tuple((int(token), float(bias)) for token, bias in data["sampling"].pop("logit_bias", ()))
+            numbers = {key: type(getattr(Sampling(), key))(value) for key, value in data["sampling"].items()}
+            sampling = Sampling(**numbers, logit_bias=biases)
             seed = None if data["seed"] is None else check_seed(int(data["seed"]))
             max_tokens = check_max_tokens(int(data["max_tokens"]))
             system = None if data["system"] is None else str(data["system"])

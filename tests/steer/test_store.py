@@ -18,9 +18,11 @@ from steer.session import Sampling, Session
 from steer.store import Store, clean_name, snapshot
 from tests.steer.fake import FakeEngine
 
+SAMPLING = Sampling(0.3, 0.8, 5, 0.1, 1.2, 0.5, ((7, -2.5), (9, 1.0)))
+
 
 def a_session(store: Store | None = None) -> Session:
-    session = Session(FakeEngine(), store=store, system="be brief", sampling=Sampling(0.3, 0.8), seed=5, max_tokens=4)
+    session = Session(FakeEngine(), store=store, system="be brief", sampling=SAMPLING, seed=5, max_tokens=4)
     session.change(SteeringSet((Edit.parse("clamp 3 1.5x if on"), replace(Edit.parse("ablate 2"), muted=True)), "drop"))
     for text in ("hi", "more"):
         session.say(text)
