@@ -43,13 +43,14 @@ def read_gguf_vocabulary(
         scores = _list(metadata, "scores", where, float)
         if len(scores) != len(tokens):
             raise config_error(f"{where} lists {len(tokens)} tokens but {len(scores)} scores")
-        proto = model_proto(
-            tokens,
-            scores,
-            types,
-            dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-            remove_extra_whitespaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
-        )
+        spaces = {
+            "dummy_prefix": bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+            "remove_extra_whitespaces": bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        }
+        try:
+            proto = model_proto(tokens, scores, types, **spaces)
+        except (ValueError, OverflowError) as error:
+            raise config_error(f"{where} has a token, score or type that cannot be used: {error}") from error
         return SentencePieceTokenizer(proto, where, **names)
     return _byte_level(metadata, where, tokens, types, names)
 
@@ -58,7 +59,7 @@ def _byte_level(
     metadata: Mapping[str, Any], where: str, tokens: Sequence[str], types: Sequence[int], names: Mapping[str, str]
 ) -> TiktokenTokenizer | JsonTokenizer:
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in _CUTS:
+    if not isinstance(pre, str) or pre not in _CUTS:
         known = ", ".join(_CUTS)
         raise config_error(f"{where} cuts words the way {pre!r} does, and only {known} are supported")
     specials = {tokens[i]: i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}

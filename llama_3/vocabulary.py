@@ -39,6 +39,9 @@ class SpecialTokens:
         A vocabulary without `<|eot_id|>` ends its turns with the end of text, and one without a first token of its own
         begins with that too (GPT-2's kind).
         """
+        for name in ids:
+            if name != _valid(name):
+                raise config_error(f"{where} has a special token {name!r}, which is no text")
         end = next((ids[name] for name in (eos or "", *_EOS) if name in ids), None)
         begin = next((ids[name] for name in (bos or "", *_BOS) if name in ids), end)
         if begin is None:

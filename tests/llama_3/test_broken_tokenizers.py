@@ -84,6 +84,13 @@ def test_added_tokens_that_cannot_be_read_are_named(name: str, content: str, tmp
     assert f"{name} does not list its added tokens" in refused(tmp_path)
 
 
+def test_a_special_token_that_is_no_text(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    added = {"256": {"content": "<|eot_id|>"}, "257": {"content": "\ud83e"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert "tokenizer.model has a special token '\\ud83e', which is no text" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("size", ['"many"', "[1]"])
 def test_a_vocabulary_size_that_is_no_number(size: str, tmp_path: Path) -> None:
     vocabularies.write_ranks(tmp_path, byte_ranks())
@@ -113,6 +120,9 @@ LISTS = gguf_lists(["<unk>", "<s>", "</s>", "a"], [2, 3, 3, 1], 1, 2, model="lla
         ({"tokens": ["<unk>", "<s>", "<s>", "a"]}, "is not a sentencepiece model that can be used"),
         ({"token_type": [1, 1, 1, 1]}, "is not a sentencepiece model that can be used"),
         ({"token_type": [2, 3, 3, 6]}, "is not a sentencepiece model that can be used"),
+        ({"token_type": [2, 3, 3, -1]}, "has a token, score or type that cannot be used"),
+        ({"scores": [0.0, 0.0, 0.0, 1e300]}, "has a token, score or type that cannot be used"),
+        ({"model": "gpt2", "pre": []}, "cuts words the way [] does"),
         ({"model": "gpt2"}, "cuts words the way None does, and only llama-bpe, llama3"),
         ({"model": "gpt2", "pre": "qwen2"}, "cuts words the way 'qwen2' does"),
         ({"model": "gpt2", "pre": "llama-bpe"}, "does not hold ranks 0 to N-1"),
