@@ -22,8 +22,8 @@ from llama_3 import gguf_file, huggingface, meta
 from llama_3.config import Layout, ModelConfig, config_error, described, find_layout, read_config
 from llama_3.model import Transformer
 
-BLOCK_NUMBERS = 4 << 20
-"""Weights moved at a time: 16 MiB in float32."""
+BLOCK_NUMBERS = 1 << 20
+"""Weights moved at a time, 4 MiB in float32: larger temporaries, once freed, leave holes between the parameters."""
 
 NAMES = {
     "model.embed_tokens": ("tok_embeddings", "token_embd"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_3.config import ModelConfig, RopeScaling, config_error, describing_a_llama, missing_file, read_json
-from llama_3.tensor_files import MAPPED_BYTES, PickleFile
+from llama_3.tensor_files import PickleFile
 
 LLAMA_3_VOCABULARY = 128_256
 SCALED_BY_32 = ((2048, 16), (3072, 28))
@@ -90,8 +90,7 @@ class MetaWeights:
     """Tensors under Meta's names, put together from every rank's slice; `dim` tells how the embedding was sliced."""
 
     def __init__(self, files: list[Path], dim: int, stack: ExitStack) -> None:
-        budget = MAPPED_BYTES // len(files)
-        self._shards = [stack.enter_context(PickleFile(path, budget)) for path in files]
+        self._shards = [stack.enter_context(PickleFile(path, len(files))) for path in files]
         first = self._shards[0].shapes
         query = first.get("layers.0.attention.wq.weight", (dim,))
         if query[0] and dim % query[0] == 0 and dim // query[0] > len(files):

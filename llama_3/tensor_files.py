@@ -110,11 +110,11 @@ class SafetensorsFile(RawFile):
 
 
 class PickleFile:
-    """The tensors of one archive that `torch.save` wrote; no other object in it comes to life."""
+    """The tensors of one archive that `torch.save` wrote, one of `files` read in turns; no code in it is run."""
 
-    def __init__(self, path: Path, mapped_bytes: int = MAPPED_BYTES) -> None:
+    def __init__(self, path: Path, files: int = 1) -> None:
         self.path, self._read = path, 0
-        self._most = max(mapped_bytes, path.stat().st_size // 50)
+        self._most = max(MAPPED_BYTES // files, path.stat().st_size // 50)
         self._tensors = _load_archive(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}

@@ -5,6 +5,7 @@ Weights are rounded to float16 before anything is written, so that every layout 
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_3 import meta
-from llama_3.checkpoint import load_model, state_tensors
-from llama_3.config import ModelConfig, RopeScaling
+from llama_3 import checkpoint, meta, tensor_files
+from llama_3.checkpoint import fingerprint, load_model, parameter_count, state_tensors, stored_dtype, weight_files
+from llama_3.config import (
+    GenerationDefaults,
+    ModelConfig,
+    RopeScaling,
+    find_layout,
+    read_config,
+    read_generation_defaults,
+)
+from llama_3.gguf_file import find_gguf
 from llama_3.model import Transformer
 from tests.llama_3.layouts import (
     Writer,
@@ -128,3 +137,118 @@ def test_every_layout_is_the_same_model_and_writes_what_transformers_writes(
         first = logits if first is None else first
         assert torch.equal(logits, first), f"{layout} differs"
         assert torch.equal(greedy(model, prompts_BT), said), f"{layout} writes other tokens"
+
+
+SMALL = variant(n_kv_heads=4, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), bos_id=300)
+
+
+def halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.half() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("layout", writers((1, 2), False))
+def test_blocks_of_rows_and_fresh_mappings_change_nothing(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opened = rounded_model(SMALL), []
+    writers((1, 2), False)[layout](tmp_path / "model", SMALL, halves(state_tensors(model)))
+    load_archive = tensor_files._load_archive
+    monkeypatch.setattr(tensor_files, "_load_archive", lambda path: opened.append(path) or load_archive(path))
+    monkeypatch.setattr(tensor_files, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(checkpoint, "BLOCK_NUMBERS", 700)
+    loaded = load_model(tmp_path / "model", "float32")
+    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert len(opened) > 20 if layout.startswith(("bin", "sharded bin", "meta", "original")) else not opened
+
+
+@pytest.mark.parametrize("layout", writers((1, 2), False))
+def test_what_is_known_of_every_layout_before_it_is_loaded(layout: str, tmp_path: Path) -> None:
+    state = state_tensors(rounded_model(SMALL))
+    writers((1, 2), False)[layout](tmp_path / "model", SMALL, halves(state))
+    assert stored_dtype(tmp_path / "model") == (torch.float32 if layout == "gguf f32" else torch.float16)
+    config = read_config(tmp_path / "model")
+    assert parameter_count(config) == sum(tensor.numel() for tensor in state.values())
+    assert (config.rope_scaling, config.rope_factors, config.tied) == (SMALL.rope_scaling, None, False)
+    assert read_generation_defaults(tmp_path / "model") == GenerationDefaults()
+    assert len(fingerprint(tmp_path / "model")) == 64
+    assert sum(file.stat().st_size for file in weight_files(tmp_path / "model")) > 2 * parameter_count(config)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "meta 2", "gguf f16"])
+def test_a_block_is_finished_before_the_next_is_read(layout: str, tmp_path: Path) -> None:
+    writers((1, 2), False)[layout](tmp_path / "model", SMALL, halves(state_tensors(rounded_model(SMALL))))
+    seen: list[tuple[int, bool]] = []
+    blocks: list[torch.nn.Module] = []
+
+    def finish(block: torch.nn.Module, layer: int) -> None:
+        blocks.append(block)
+        seen.append((layer, any(weight.is_meta for weight in block.parameters())))
+        block.attention.out = torch.nn.Identity()  # as a quantised product would take the place of the matrix
+
+    model = load_model(tmp_path / "model", finish=finish)
+    assert seen == [(0, False), (1, False)] and list(model.blocks) == blocks
+    assert all(isinstance(block.attention.out, torch.nn.Identity) for block in model.blocks)
+
+
+def test_safetensors_come_before_bin_before_meta_before_gguf(tmp_path: Path) -> None:
+    state = halves(state_tensors(rounded_model(SMALL)))
+    gguf_writer()(tmp_path, SMALL, state)
+    assert find_layout(tmp_path) == ("gguf", tmp_path / "model.gguf") == find_layout(tmp_path / "model.gguf")
+    assert find_gguf(tmp_path) == tmp_path / "model.gguf"
+    meta_writer(original=True)(tmp_path, SMALL, state)
+    assert find_layout(tmp_path) == ("meta", tmp_path / "original")
+    write_bin(tmp_path, SMALL, state)
+    assert find_layout(tmp_path) == ("bin", tmp_path)
+    write_safetensors(tmp_path, SMALL, state)
+    assert find_layout(tmp_path) == ("safetensors", tmp_path)
+    assert find_gguf(tmp_path) is None and find_gguf(tmp_path / "nowhere") is None
+    assert load_model(tmp_path / "model.gguf").dtype == torch.float16
+
+
+def test_a_tied_meta_folder_may_leave_its_head_out(tmp_path: Path) -> None:
+    state = halves(state_tensors(rounded_model(SMALL)))
+    meta_writer(2)(tmp_path / "model", SMALL, state)
+    assert not read_config(tmp_path / "model").tied
+    meta_writer(2)(tmp_path / "tied", SMALL, {name: t for name, t in state.items() if name != "lm_head.weight"})
+    assert read_config(tmp_path / "tied").tied and load_model(tmp_path / "tied").head is None
+
+
+# The models Meta published: dim, layers, heads, kv heads, params.json, then d_ff and context.
+PUBLISHED: dict[str, tuple[tuple[int, int, int, int], dict[str, Any], int, int]] = {
+    "Llama 2 7B": ((4096, 32, 32, 32), {"multiple_of": 256, "vocab_size": -1}, 11008, 4096),
+    "3 8B": ((4096, 32, 32, 8), {"ffn_dim_multiplier": 1.3, "multiple_of": 1024, "rope_theta": 5e5}, 14336, 8192),
+    "3 70B": ((8192, 80, 64, 8), {"ffn_dim_multiplier": 1.3, "multiple_of": 4096, "rope_theta": 5e5}, 28672, 8192),
+    "3.1 405B": (
+        (16384, 126, 128, 8),
+        {"ffn_dim_multiplier": 1.2, "multiple_of": 4096, "rope_theta": 5e5, "use_scaled_rope": True},
+        53248,
+        131072,
+    ),
+    "3.2 1B": (
+        (2048, 16, 32, 8),
+        {"ffn_dim_multiplier": 1.5, "multiple_of": 256, "rope_theta": 5e5, "use_scaled_rope": True},
+        8192,
+        131072,
+    ),
+    "3.2 3B": (
+        (3072, 28, 24, 8),
+        {"ffn_dim_multiplier": 1.0, "multiple_of": 256, "rope_theta": 5e5, "use_scaled_rope": True},
+        8192,
+        131072,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_params_give_the_published_sizes(name: str) -> None:
+    (dim, layers, heads, kv_heads), more, d_ff, context = PUBLISHED[name]
+    vocab = 32000 if more.get("vocab_size") == -1 else 128256
+    raw = {"dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": vocab, **more}
+    weights: Any = SimpleNamespace(shapes={"tok_embeddings.weight": (vocab, dim)}, tied=name.startswith("3.2"))
+    config = meta._model_config(raw, weights)
+    assert (config.vocab_size, config.d_ff, config.max_context) == (vocab, d_ff, context)
+    assert config.head_dim == {"3.2 1B": 64}.get(name, 128)
+    factor = config.rope_scaling and config.rope_scaling.factor
+    assert factor == {"3.1 405B": 8, "3.2 1B": 32, "3.2 3B": 32}.get(name)
+    assert (config.bos_id, config.stop_ids) == ((1, (2,)) if vocab == 32000 else (128000, (128001, 128008, 128009)))
