@@ -61,6 +61,7 @@ def capture_files(
         out,
         hooks or [engine.info.hook or f"blocks.{int(0.6 * len(engine.model.blocks))}.hook_resid_post"],
         max_tokens,
+        chat=engine.chat_format,
         provenance=hashes(model),
         on_progress=lambda done, of: narrate(f"captured {done:,} of at most {of:,} tokens"),
     )

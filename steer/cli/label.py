@@ -52,6 +52,7 @@ def collect(
         max_tokens=max_tokens,
         seed=seed,
         progress=lambda done, of: narrate(f"read {done:,} tokens" + (f" of at most {of:,}" if of else "")),
+        chat=engine.chat_format,
         meta=meta,
         stats_folder=sae if settings.sae else None,
     )
