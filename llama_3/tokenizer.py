@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]
     vocab_size: int
     """Ids this tokenizer knows, special ones included."""
+    own_space: bool
+    """Whether it puts a space of its own in front of a text, as Llama 2's does."""
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`, in which special tokens are plain text; `bos` puts the first token in front."""
@@ -49,15 +51,22 @@ class Tokenizer(Protocol):
 
 
 class StreamDecoder:
-    """Text of tokens as they come; a character split over tokens appears with its last byte."""
+    """Text of tokens as they come; a character split over tokens appears with its last byte.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    With `opens` the tokens begin a text, so that a space which the tokenizer put in front of it is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, opens: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._own_space = opens and tokenizer.own_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """The text that `token` completes, "" while a character is incomplete."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        piece = self._tokenizer.token_bytes(token)
+        if self._own_space:
+            piece, self._own_space = piece.removeprefix(b" "), False
+        return self._decoder.decode(piece)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else ""."""

@@ -58,7 +58,7 @@ class Vocabulary(ABC):
 
     def __init__(self, pieces: Mapping[int, bytes], specials: SpecialTokens, prefix: Prefix = "none") -> None:
         self._specials = specials
-        self._prefix = prefix
+        self._prefix, self.own_space = prefix, prefix != "none"
         names = {token: name.encode() for name, token in specials.ids.items()}
         self._bytes = {**pieces, **names}
         self.vocab_size = len(self._bytes)
@@ -78,7 +78,7 @@ class Vocabulary(ABC):
 
     def decode(self, ids: Iterable[int]) -> str:
         text = bytearray()
-        fresh = self._prefix != "none"
+        fresh = self.own_space
         for token in ids:
             piece = self.token_bytes(token)
             if token in self.special_ids:

@@ -297,7 +297,8 @@ class Engine:
             )
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
-        return Row(tokens, dropped, StreamDecoder(self.tokenizer), StopText(stop_strings))
+        decoder = StreamDecoder(self.tokenizer, opens=prompt.text is None)
+        return Row(tokens, dropped, decoder, StopText(stop_strings))
 
     def _sets(self, steering: Steering, rows: int) -> list[SteeringSet]:
         if callable(steering):

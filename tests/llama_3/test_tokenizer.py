@@ -65,6 +65,16 @@ def test_characters_split_over_tokens_appear_whole() -> None:
     assert decoder.push(0xC3) == "" and decoder.flush() == "\ufffd"
 
 
+def test_a_space_of_the_tokenizers_own_does_not_open_a_text() -> None:
+    ours = SentencePieceTokenizer(vocabularies.train_sentencepiece().serialized_model_proto(), "m")
+    for tokenizer, own_space in ((ours, True), (byte_tokenizer(), False)):
+        assert tokenizer.own_space == own_space
+        for opens in (True, False):
+            decoder = StreamDecoder(tokenizer, opens=opens)
+            text = "".join(map(decoder.push, tokenizer.encode("the cat  sat")))
+            assert text == ("" if opens or not own_space else " ") + "the cat  sat"
+
+
 def test_a_texts_first_token_is_asked_for() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.encode("a", bos=True) == [256, 97] and tokenizer.encode("", bos=True) == [256]
