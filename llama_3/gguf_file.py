@@ -12,6 +12,7 @@ import mmap
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llama_3.tensor_files import RawFile, damaged
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """struct's letter for each kind of metadata value; 8 is a string, 9 an array."""
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 MOST_ENTRIES = 1 << 24
 """More words, keys or tensors than any file has: a damaged header must not keep us busy."""
 STOP_WORDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
@@ -66,12 +68,17 @@ def find_gguf(path: Path | str) -> Path | None:
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
     """The metadata of a GGUF file: numbers, booleans, strings and lists of them by key; ValueError when damaged."""
-    return read_header(Path(path)).metadata
+    return dict(read_header(Path(path)).metadata)
 
 
 def read_header(path: Path) -> Header:
     """Metadata and table of tensors; ValueError in one sentence when the file is no whole GGUF file."""
-    size = path.stat().st_size
+    found = path.stat()
+    return _read_header(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # config, weights, tokenizer and chat format ask in turns, and the words take a while
+def _read_header(path: Path, size: int, changed_ns: int) -> Header:
     if size < 24:
         raise damaged(path, "it is shorter than a GGUF header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -126,6 +133,18 @@ class _Parser:
         self.at += length
         return self.data[self.at - length : self.at].decode()
 
+    def strings(self, count: int) -> list[str]:
+        """`string`, so many times: most of a header are the words of the vocabulary."""
+        data, at, size, words = self.data, self.at, self.size, []
+        for _ in range(count):
+            (length,) = LENGTH.unpack_from(data, at)
+            at += 8 + length
+            if at > size:
+                raise damaged(self.path, f"its header claims a string of {length:,} bytes")
+            words.append(data[at - length : at].decode())
+        self.at = at
+        return words
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
@@ -134,7 +153,9 @@ class _Parser:
         inner, count = self.number("I"), self.count()
         if depth > 3:
             raise damaged(self.path, "its metadata nests too deep")
-        if inner in (STRING, ARRAY):
+        if inner == STRING:
+            return self.strings(count)
+        if inner == ARRAY:
             return [self.value(inner, depth + 1) for _ in range(count)]
         numbers = struct.unpack_from(f"<{count}{NUMBERS[inner]}", self.data, self.at)
         self.at += struct.calcsize(f"<{count}{NUMBERS[inner]}")
