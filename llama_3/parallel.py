@@ -13,6 +13,7 @@ Paper: Megatron-LM (1909.08053).
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -64,6 +65,17 @@ def agree(values: Sequence[T]) -> list[T]:
         join()
         dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
     return agreed
+
+
+class AgreedStop(threading.Event):
+    """Whether `stop` is set on rank 0, on every rank that asks: if one stopped alone, the others would wait for it."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def is_set(self) -> bool:
+        return agree([self._stop.is_set()])[0]
 
 
 def main_first(work: Callable[[], T]) -> T:

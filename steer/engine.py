@@ -22,7 +22,7 @@ from llama_3.generate import StopText
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
-from llama_3.parallel import agree, load_parallel, main_first, own_device, share, together, world
+from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -101,19 +101,21 @@ class Engine:
         labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (see
         `choose_placement`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or
         int4, for the blocks above the SAE's hook; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of the
-        checkpoint's own; `compile` lets torch compile the blocks without hooks. Raises `SteerError`, `ValueError` or
+        checkpoint's own; `compile` lets torch compile the blocks without hooks. Under torchrun, every process loads its
+        share of the model. Raises `SteerError`, `ValueError` or
         `OSError` with one sentence for what is wrong, damaged, not to be had or too large.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         if model is None:
             model, sae, labels = DEMO_MODEL, sae or DEMO_SAE, labels or (DEMO_LABELS if sae is None else None)
+        if world() > 1 and (quantize or compile):
+            what, flag = ("quantised", "--quantize") if quantize else ("compiled", "--compile")
+            raise SteerError(f"a model shared out over processes is not {what}", f"leave out `{flag}`")
         path = main_first(partial(resolve_model, model))
         config = read_config(path)
         where = choose_placement(device, dtype, config, path)
         if world() > 1:  # from here on all is about this process' share
-            if quantize:
-                raise SteerError("a model shared out over processes is not quantised", "leave out `--quantize`")
             reason = "; ".join(filter(None, (where.reason, f"shared out over {world()} processes")))
             where = replace(where, device=own_device(where.device), reason=reason)
             config = share(config, world())
@@ -213,7 +215,7 @@ class Engine:
             token_sampling,
             agree(seeds),
             max_tokens,
-            stop or threading.Event(),
+            AgreedStop(stop or threading.Event()),
             stop_strings,
         )
 

@@ -4,10 +4,12 @@ One torchrun measures every model: its processes run this very file, and leave w
 measure the same in their own process, and compare.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +117,9 @@ def work(folder: Path) -> None:
     rank, tied = int(os.environ["RANK"]), folder / "tied, two key heads"
     found: dict[str, Any] = {"agreed": parallel.agree([rank, rank + 10])}
     found["models"] = {name: measure(parallel.load_parallel(folder / name, "float32")) for name in MODELS}
+    stopped, unheard = threading.Event(), threading.Event()
+    (unheard if rank else stopped).set()
+    found["stops"] = [parallel.AgreedStop(stopped).is_set(), parallel.AgreedStop(unheard).is_set()]
     model = parallel.load_parallel(tied, "bfloat16")
     found["bfloat16"] = model(torch.tensor(PROMPTS[:1]))
     found["share"] = [part.weight.shape for part in model.blocks[1].modules() if isinstance(part, Linear)]
@@ -142,10 +147,17 @@ def work(folder: Path) -> None:
     torch.save(found, folder / f"rank{rank}.pt")
 
 
-def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "STEER_HOME": str(cwd / "home")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=cwd, env=environment, text=True, **pipes) as process:
+        try:
+            out, err = process.communicate(stdin, TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its processes; killed, it would leave them
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +219,7 @@ def test_an_engine_steers_and_reads_as_in_one_process(folder: Path, ranks: list[
 
 def test_processes_agree_and_take_turns(folder: Path, ranks: list[dict[str, Any]]) -> None:
     assert [found["agreed"] for found in ranks] == [[0, 10], [0, 10]]
+    assert [found["stops"] for found in ranks] == [[True, False]] * 2  # what the first was told
     assert (folder / "turns").read_text() == "01"
 
 
@@ -279,14 +292,17 @@ def test_without_torchrun_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> 
     assert not torch.distributed.is_initialized()
 
 
-def test_one_process_speaks_for_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask = ["complete", "Once upon", "--model", str(folder / "model"), "--device", "cpu", "--seed", "1", "--json"]
-    ran = torchrun("-m", "steer", *ask, cwd=folder)
+def test_one_process_reads_and_speaks_for_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
+    ask = ["complete", "--model", str(folder / "model"), "--device", "cpu", "--seed", "1", "--json"]
+    ran = torchrun("-m", "steer", *ask, cwd=folder, stdin="Once upon\n")
     assert ran.returncode == 0, ran.stderr
     assert main(ask) == 0
     alone = capsys.readouterr()
     assert ran.stdout == alone.out and len(ran.stdout.splitlines()) == 1
-    assert json.loads(ran.stdout)["seed"] == 1
+    assert json.loads(ran.stdout)["prompt"] == "Once upon"
     assert ran.stderr.count("no SAE for this model") == 1
 
 
