@@ -40,6 +40,7 @@ def load(path: str, loader: str) -> None:
     """Load the model at `path` in this process, and print seconds and bytes."""
     forget_peak()
     before = memory("VmRSS")
+    model: torch.nn.Module
     if loader == "transformers":
         from transformers import LlamaForCausalLM
 

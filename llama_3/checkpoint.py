@@ -101,11 +101,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `dtype="auto"` means: the dtype of the embedding."""
+        """What `dtype="auto"` means: the dtype of the embedding, float32 for float64."""
         name = name_in(self.layout, "model.embed_tokens.weight")
         if name not in self.weights.shapes:
             raise config_error(f"the weights in {self.where} lack {name}")
-        return self.weights.dtype(name)
+        stored = self.weights.dtype(name)
+        return torch.float32 if stored == torch.float64 else stored
 
     def check(self) -> None:
         """ValueError unless the file holds the config's tensors in the config's shapes, and no others."""

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def refused(path: Path) -> str:
 
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def remove(files: Iterable[Path]) -> None:
+    for file in list(files):
+        file.unlink()
 
 
 def cut(path: Path, share: float) -> None:
@@ -184,7 +189,7 @@ BROKEN: dict[str, tuple[Writer, Callable[[Path], object], str]] = {
     ),
     "five of eight shards": (
         lambda at, _config, _state: meta_writer(8)(at, EIGHT_RANKS, EIGHT_STATE),
-        lambda at: [(at / f"consolidated.{rank:02}.pth").unlink() for rank in (5, 6, 7)],
+        lambda at: remove(at / f"consolidated.{rank:02}.pth" for rank in (5, 6, 7)),
         "there is no consolidated.05.pth in",
     ),
     "a shard cut short": (
@@ -248,7 +253,7 @@ BROKEN: dict[str, tuple[Writer, Callable[[Path], object], str]] = {
     ),
     "an empty folder": (
         write_safetensors,
-        lambda at: [file.unlink() for file in at.iterdir()],
+        lambda at: remove(at.iterdir()),
         "there is no model.safetensors in .* nor pytorch_model.bin, consolidated.00.pth or a .gguf file",
     ),
     **{
@@ -287,7 +292,7 @@ def test_weights_whose_sum_overflows_are_fine(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in STATE.items()}
     state["model.layers.0.mlp.up_proj.weight"][:2, :2] = 3e38
     write_safetensors(tmp_path, CONFIG, state)
-    assert load_model(tmp_path).blocks[0].feed_forward.gate_up.weight.max() == 3e38
+    assert load_model(tmp_path).get_parameter("blocks.0.feed_forward.gate_up.weight").max() == 3e38
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])

@@ -52,6 +52,8 @@ def test_dtype_is_the_files_unless_asked(tmp_path: Path) -> None:
     assert load_model(tmp_path).dtype == torch.bfloat16
     assert load_model(tmp_path, "float32").dtype == torch.float32
     assert load_model(tmp_path, torch.float16).unembedding_VD.dtype == torch.float16
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    assert load_model(tmp_path).dtype == torch.float32
     with pytest.raises(ValueError, match="no dtype 'int9'"):
         load_model(tmp_path, "int9")
 

@@ -89,8 +89,9 @@ def writers(ranks: tuple[int, ...], by_width: bool) -> dict[str, Writer]:
     }
 
 
-def transformers_model(config: ModelConfig, state: dict[str, Tensor]) -> LlamaForCausalLM:
-    oracle = LlamaForCausalLM(LlamaConfig(**{**hf_config(config), "eos_token_id": None})).eval()
+def transformers_model(config: ModelConfig, state: dict[str, Tensor]) -> Any:
+    oracle: Any = LlamaForCausalLM(LlamaConfig(**{**hf_config(config), "eos_token_id": None}))
+    oracle.eval()
     missing, surplus = oracle.load_state_dict(state, strict=False)
     assert not surplus and set(missing) <= {"lm_head.weight"}
     oracle.tie_weights()
@@ -150,10 +151,15 @@ def halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_blocks_of_rows_and_fresh_mappings_change_nothing(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, opened = rounded_model(SMALL), []
+    model, opened = rounded_model(SMALL), list[Path]()
     writers((1, 2), False)[layout](tmp_path / "model", SMALL, halves(state_tensors(model)))
     load_archive = tensor_files._load_archive
-    monkeypatch.setattr(tensor_files, "_load_archive", lambda path: opened.append(path) or load_archive(path))
+
+    def counted(path: Path) -> dict[str, Tensor]:
+        opened.append(path)
+        return load_archive(path)
+
+    monkeypatch.setattr(tensor_files, "_load_archive", counted)
     monkeypatch.setattr(tensor_files, "MAPPED_BYTES", 1)
     monkeypatch.setattr(checkpoint, "BLOCK_NUMBERS", 700)
     loaded = load_model(tmp_path / "model", "float32")
@@ -184,11 +190,13 @@ def test_a_block_is_finished_before_the_next_is_read(layout: str, tmp_path: Path
     def finish(block: torch.nn.Module, layer: int) -> None:
         blocks.append(block)
         seen.append((layer, any(weight.is_meta for weight in block.parameters())))
-        block.attention.out = torch.nn.Identity()  # as a quantised product would take the place of the matrix
+        block.get_submodule(
+            "attention"
+        ).out = torch.nn.Identity()  # as a quantised product would take the place of the matrix
 
     model = load_model(tmp_path / "model", finish=finish)
     assert seen == [(0, False), (1, False)] and list(model.blocks) == blocks
-    assert all(isinstance(block.attention.out, torch.nn.Identity) for block in model.blocks)
+    assert all(isinstance(block.get_submodule("attention.out"), torch.nn.Identity) for block in blocks)
 
 
 def test_safetensors_come_before_bin_before_meta_before_gguf(tmp_path: Path) -> None:
