@@ -207,7 +207,7 @@ def _model_config(header: Header) -> ModelConfig:
         n_kv_heads=int(raw.get("llama.attention.head_count_kv") or n_heads),
         head_dim=head_dim,
         d_ff=int(raw["llama.feed_forward_length"]),
-        norm_eps=float(raw["llama.attention.layer_norm_rms_epsilon"]),
+        norm_eps=float(str(np.float32(raw["llama.attention.layer_norm_rms_epsilon"]))),  # 1e-05, not 9.99999974e-06
         rope_theta=float(raw.get("llama.rope.freq_base") or 10000.0),
         rope_scaling=None,
         max_context=int(raw["llama.context_length"]),

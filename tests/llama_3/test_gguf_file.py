@@ -135,8 +135,7 @@ def test_a_known_stretching_is_named(tmp_path: Path) -> None:
 
 def test_ids_that_end_a_reply_are_all_that_the_file_names(tmp_path: Path) -> None:
     write_with(tmp_path / "model.gguf", tiny_config())
-    found = read_config(tmp_path)
-    assert (found.bos_id, found.stop_ids, found.max_context) == (256, (257, 264, 265), 256)
+    assert read_config(tmp_path) == tiny_config()
 
 
 def test_words_that_end_a_reply_are_found_in_files_too_old_to_name_them(tmp_path: Path) -> None:
