@@ -141,7 +141,10 @@ def share(config: ModelConfig, ranks: int) -> ModelConfig:
 
 
 class ParallelTransformer(Transformer):
-    """One rank's share of a Llama. Ranks run the same calls in the same order; logits are equal and whole on each."""
+    """One rank's share of a Llama. Ranks run the same calls in the same order; logits are equal and whole on each.
+
+    `head` holds this rank's rows of the unembedding, or all of them where the vocabulary cannot be shared out evenly.
+    """
 
     def forward(self, tokens_BT: Tensor, **options: Any) -> Tensor:
         """As `Transformer.forward`; ValueError for a hook at `attn_z`, where a rank has only its own heads."""
@@ -167,7 +170,9 @@ def load_parallel(
 
     `device` is cpu, or what `own_device` says. Errors are those of `load_model` and `share`.
     """
-    return together(partial(_load, path, dtype, torch.device(device)))
+    model = together(partial(_load, path, dtype, torch.device(device)))
+    _exchange(model)
+    return model
 
 
 def _load(path: Path | str, dtype: torch.dtype | str, device: torch.device) -> ParallelTransformer:
@@ -199,11 +204,10 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> P
         setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     if config.tied and model.head is not None:  # of the embedding, which each rank holds whole, it multiplies its rows
         model.head.weight = nn.Parameter(model.embedding_VD.chunk(ranks)[rank], requires_grad=False)
-    _exchange(model, even)
     return model
 
 
-def _exchange(model: ParallelTransformer, even: bool) -> None:
+def _exchange(model: ParallelTransformer) -> None:
     """Let the ranks add up what they write to the residual stream, and put their logits side by side."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module  # here: takes more than a second
@@ -228,8 +232,9 @@ def _exchange(model: ParallelTransformer, even: bool) -> None:
         return torch.cat(parts, -1)
 
     plan: dict[str, ParallelStyle] = {
-        f"blocks.*.{part}": After(total) for part in ("attention.out", "feed_forward.down")
+        "blocks.*.attention.out": After(total),
+        "blocks.*.feed_forward.down": After(total),
     }
-    parallelize_module(
-        model, init_device_mesh(model.device.type, (world(),)), plan | ({"head": After(side_by_side)} if even else {})
-    )
+    if model.config.vocab_size % world() == 0:
+        plan["head"] = After(side_by_side)
+    parallelize_module(model, init_device_mesh(model.device.type, (world(),)), plan)
