@@ -1,7 +1,8 @@
 """Text to token ids and back, whatever file the vocabulary comes in.
 
-`load_tokenizer` finds the file and hands it to its reader: `tiktoken_form`, `json_form`, `sentencepiece_form` or
-`gguf_vocabulary`. Special tokens have the names of the folder's `added_tokens` where it has them, else Llama 3's.
+`load_tokenizer` finds the file and hands it to its reader: `tokenizer_tiktoken`, `tokenizer_json`,
+`tokenizer_sentencepiece` or `tokenizer_gguf`. Special tokens have the names of the folder's `added_tokens` where it has
+them, else Llama 3's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_3.config import config_error, missing_file, read_json
-from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer, read_ranks
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, read_ranks
 from llama_3.vocabulary import N_SPECIALS, read_added_tokens, read_ends, special_names
 
 __all__ = ["SPLIT_PATTERN", "StreamDecoder", "TiktokenTokenizer", "Tokenizer", "load_tokenizer", "special_names"]
@@ -90,16 +91,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return TiktokenTokenizer(ranks, _specials(folders, len(ranks)), str(model), **ends)
     described = next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
     if described:
-        from llama_3.json_form import read_json_form
+        from llama_3.tokenizer_json import read_tokenizer_json
 
-        return read_json_form(read_json(described) or {}, str(described), **ends)
+        return read_tokenizer_json(read_json(described) or {}, str(described), **ends)
     if model:
-        from llama_3.sentencepiece_form import SentencePieceTokenizer
+        from llama_3.tokenizer_sentencepiece import SentencePieceTokenizer
 
         return SentencePieceTokenizer(raw, str(model), read_added_tokens(folders), **ends)
     metadata = gguf_metadata(path)
     if metadata is not None:
-        from llama_3.gguf_vocabulary import read_gguf_vocabulary
+        from llama_3.tokenizer_gguf import read_gguf_vocabulary
 
         return read_gguf_vocabulary(metadata, str(path))
     hint = "copy tokenizer.model (in Meta's download: original/tokenizer.model) into the folder"

@@ -1,7 +1,8 @@
 """What all tokenizers share: ids as byte strings, special tokens by name, and how ids become text again.
 
-A tokenizer of a given file form (`tiktoken_form`, `json_form`, `sentencepiece_form`) is a `Vocabulary` that knows how
-to cut text. Special tokens written in a user's text stay plain text: only `special` and the chat format emit them.
+A tokenizer of a given file form (`tokenizer_tiktoken`, `tokenizer_json`, `tokenizer_sentencepiece`) is a `Vocabulary`
+that knows how to cut text. Special tokens written in a user's text stay plain text: only `special` and the chat format
+emit them.
 """
 
 from abc import ABC, abstractmethod

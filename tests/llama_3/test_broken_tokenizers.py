@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordPiece
 
-from llama_3.gguf_vocabulary import read_gguf_vocabulary
 from llama_3.tokenizer import load_tokenizer
+from llama_3.tokenizer_gguf import read_gguf_vocabulary
 from tests.llama_3 import vocabularies
 from tests.llama_3.vocabularies import gguf_lists
 from tests.tiny import byte_ranks, write_tiny_checkpoint

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from llama_3.json_form import JsonTokenizer
-from llama_3.sentencepiece_form import SentencePieceTokenizer
-from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer
 from llama_3.tokenizer import StreamDecoder, load_tokenizer, special_names
+from llama_3.tokenizer_json import JsonTokenizer
+from llama_3.tokenizer_sentencepiece import SentencePieceTokenizer
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer
 from tests.llama_3 import vocabularies
 from tests.tiny import byte_ranks, byte_tokenizer, write_tiny_checkpoint
 

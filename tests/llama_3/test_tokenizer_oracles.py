@@ -8,11 +8,11 @@ import pytest
 import tiktoken
 from tokenizers import pre_tokenizers
 
-from llama_3.gguf_vocabulary import read_gguf_vocabulary
-from llama_3.json_form import JsonTokenizer
-from llama_3.sentencepiece_form import BYTE, CONTROL, UNKNOWN, SentencePieceTokenizer
-from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer
 from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, special_names
+from llama_3.tokenizer_gguf import read_gguf_vocabulary
+from llama_3.tokenizer_json import JsonTokenizer
+from llama_3.tokenizer_sentencepiece import BYTE, CONTROL, UNKNOWN, SentencePieceTokenizer
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer
 from tests.llama_3 import vocabularies
 from tests.llama_3.vocabularies import gguf_lists
 

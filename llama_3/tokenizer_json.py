@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from llama_3.config import config_error
-from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer, complete
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, complete
 from llama_3.vocabulary import Prefix, SpecialTokens, Vocabulary, byte_letters
 
 _SPACE = "\u2581"
@@ -50,7 +50,7 @@ class JsonTokenizer(Vocabulary):
         return ids
 
 
-def read_json_form(
+def read_tokenizer_json(
     raw: dict[str, Any], where: str, *, bos: str | None = None, eos: str | None = None
 ) -> TiktokenTokenizer | JsonTokenizer:
     """The tokenizer of a parsed `tokenizer.json`, called `where` in errors; ValueError for a kind no Llama uses."""

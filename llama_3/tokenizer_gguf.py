@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_3.config import config_error
-from llama_3.json_form import JsonTokenizer
-from llama_3.sentencepiece_form import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceTokenizer, model_proto
-from llama_3.tiktoken_form import SPLIT_PATTERN, TiktokenTokenizer, complete
+from llama_3.tokenizer_json import JsonTokenizer
+from llama_3.tokenizer_sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceTokenizer, model_proto
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, complete
 from llama_3.vocabulary import byte_letters
 
 _BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
