@@ -176,7 +176,7 @@ def recognise(template: str) -> Recognised | None:
             return Recognised("llama-3", trim=trim)
         if "strftime_now" in template:
             return Recognised("llama-3.2", trim=trim)
-        date = re.search(r"date_string\s*=\s*[\"']([^\"'{}]+)[\"']", template)
+        date = re.search(r"date_string\s*=\s*[\"']([\w ,./-]{1,40})[\"']", template)  # it is shown to people too
         return Recognised("llama-3.1", date.group(1) if date else None, trim=trim)
     if "<|im_start|>" in template:
         # A default system message is a literal; where something is put together with + or ~ it is a given message.

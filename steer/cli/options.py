@@ -19,6 +19,7 @@ from steer import __version__
 from steer.config import Settings, read_biases
 from steer.edits import GRAMMAR, Edit, SteeringSet
 from steer.errors import SteerError
+from steer.events import clean
 
 app = typer.Typer(
     name="steer",
@@ -148,8 +149,8 @@ def put(entry: dict[str, Any]) -> None:
 
 
 def narrate(text: str) -> None:
-    """A line for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person, on stderr; cleaned, since much of it comes out of files of others."""
+    print(clean(text), file=sys.stderr, flush=True)
 
 
 def _version(wanted: bool) -> None:

@@ -239,6 +239,14 @@ def test_the_template_decides(template: Any, name: str, tmp_path: Path) -> None:
         assert "has no template" in chat.note
 
 
+@pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "1 May\n2025", "9" * 41])
+def test_what_cannot_be_a_date_is_not_taken_for_one(hostile: str) -> None:
+    found = recognise(LLAMA_3_1.replace("26 Jul 2024", hostile))
+    assert found is not None and (found.name, found.date) == ("llama-3.1", None)
+    chat = ChatFormat(byte_tokenizer(), "llama-3.1", template=found)
+    assert hostile not in chat.note and "26 Jul 2024" in chat.note
+
+
 def test_a_default_system_message_is_read_where_it_is_a_literal() -> None:
     literal = "{{ '<|im_start|>system\\nYou're SmolLM, small<|im_end|>\\n' }}{{ '<|im_start|>' + role }}"
     joined = "{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"

@@ -133,6 +133,15 @@ def test_why_a_model_runs_where_it_does_is_told_to_a_person_who_chose_it(
     assert told not in steer("complete", "hi").err
 
 
+def test_what_a_model_says_of_itself_is_cleaned(
+    steer: Steer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.info = replace(engine.info, model="m\x1b[2J", chat_format="llama-3.1 of \x1b]0;owned\x07")
+    monkeypatch.setattr("steer.cli.engines.on_screen", lambda: True)
+    err = steer("complete", "hi", "--model", "m", "--chat").err
+    assert "m\ufffd[2J on cpu" in err and "of \ufffd]0;owned\ufffd\n" in err and "\x1b" not in err
+
+
 @pytest.mark.parametrize(("prompt", "script"), [("TOO LONG", "one"), ("hi", "one FAIL")])
 def test_complete_tells_a_failure_in_json_and_on_stderr(
     prompt: str, script: str, steer: Steer, engine: FakeEngine
