@@ -174,7 +174,7 @@ def snapshot(session: Session) -> Json:
         "system": session.system,
         "seed": session.seed,
         "max_tokens": session.max_tokens,
-        "sampling": asdict(session.sampling),
+        "sampling": asdict(session.sampling) | {"logit_bias": _biases_out(session.sampling)},
         "steering": _steering_out(session.steering),
         "turns": turns,
     }
@@ -182,6 +182,11 @@ def snapshot(session: Session) -> Json:
 
 def _round(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else float(f"{number:.6g}")
+
+
+def _biases_out(sampling: Sampling) -> list[list[Any]]:
+    """Pairs of token and bias; -inf, which forbids a token, as a string: JSON has no such number."""
+    return [[token, bias if math.isfinite(bias) else str(bias)] for token, bias in sampling.logit_bias]
 
 
 def _steering_out(steering: SteeringSet) -> Json:

@@ -196,6 +196,13 @@ def test_a_reply_with_numbers_that_json_lacks_opens_again(tmp_path: Path) -> Non
     assert store.restore("odd", Session(FakeEngine())) is None
 
 
+def test_a_token_that_is_forbidden_stays_so(tmp_path: Path) -> None:
+    store, sampling = Store(tmp_path), Sampling(logit_bias=((7, float("-inf")), (9, 1.5)))
+    store.save(Session(FakeEngine(), sampling=sampling), "mine")
+    fresh = Session(FakeEngine())
+    assert store.restore("mine", fresh) is None and fresh.sampling == sampling
+
+
 def test_a_session_does_not_take_the_name_of_another(tmp_path: Path) -> None:
     store = Store(tmp_path)
     path = store.save(a_session(), "mine")
