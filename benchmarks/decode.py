@@ -1,8 +1,8 @@
 """How fast we write tokens, beside transformers `generate`: same weights, same dtype, same prompts, one run.
 
-    python benchmarks/decode.py                        # a random-weight model of Llama 3.2 1B's shape, about 20 minutes
-    python benchmarks/decode.py --model demo           # the shipped model
-    python benchmarks/decode.py --shape tiny           # a minute: does it still run?
+    python -m benchmarks.decode                # a random-weight model of Llama 3.2 1B's shape, about 20 minutes
+    python -m benchmarks.decode --model demo   # the shipped model
+    python -m benchmarks.decode --shape tiny   # a minute: does it still run?
 
 Cases: `prefill` (512 tokens read), `b1` and `b8` (1 and 8 rows: 64 tokens after a prompt of 128, greedy, from one token
 known to the next). `plain` is the model alone; `watched` has an SAE at a hook with the hits and five alternatives of
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from decode_workers import MODES, ROWS
+from benchmarks.decode_workers import MODES, ROWS
 
 HERE = Path(__file__).resolve().parent
 PROMPT, LONG, NEW = 128, 512, 64

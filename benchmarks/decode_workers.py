@@ -62,19 +62,18 @@ class Ours:
 
     def prompts(self, count: int, length: int) -> tuple[list[str], list[list[int]]]:
         """`count` texts of exactly `length` tokens each, and the tokens."""
+        import bisect
         import random
 
         if (count, length) in self.asked:
             return self.asked[count, length]
-        dice, texts, tokens = random.Random(length), [], []
-        for _ in range(count):
-            text = "Once upon a time"
-            while len(ids := self.engine.tokenizer.encode(text, bos=True)) < length:
-                text += dice.choice([" a", "b", "c", " d", "e", " the", "g"])
-                while len(self.engine.tokenizer.encode(text, bos=True)) > length:
-                    text = text[:-1]
-            texts.append(text)
-            tokens.append(ids)
+        dice, texts, encode = random.Random(length), [], self.engine.tokenizer.encode
+        while len(texts) < count:
+            whole = "Once upon a time" + "".join(dice.choices([" a", "b", "c", " d", "e", " the", "g"], k=2 * length))
+            near = bisect.bisect_left(range(len(whole)), length, key=lambda end: len(encode(whole[:end], bos=True)))
+            if len(encode(whole[:near], bos=True)) == length:
+                texts.append(whole[:near])
+        tokens = [encode(text, bos=True) for text in texts]
         self.asked[count, length] = texts, tokens
         return texts, tokens
 
