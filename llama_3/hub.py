@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from llama_3.config import find_layout
+
 SMALL = (
     "config.json",
     "generation_config.json",
@@ -107,7 +109,7 @@ def needed_files(names: Iterable[str], wanted: HubId) -> list[str]:
     small = [name for name in SMALL if name in there]
     weights = next((found for stem, suffix in INDEXED if (found := _indexed_weights(there, stem, suffix))), None)
     if weights is None:
-        for folder in ("original/", ""):
+        for folder in ("", "original/"):
             shards = sorted((name for name in there if _is_shard(name, folder)), reverse=True)
             if shards and f"{folder}params.json" in there:
                 own = [name for name in (f"{folder}params.json", f"{folder}tokenizer.model") if name in there]
@@ -191,21 +193,28 @@ def _repo_folder(wanted: HubId) -> Path:
 
 
 def _whole_model(snapshot: Path, file: str | None) -> Path | None:
-    """The model in a snapshot when all its weights and a tokenizer are there; a link to nowhere is not there."""
+    """The model in a snapshot when all its weights and a tokenizer are there; a link to nowhere is not there.
+
+    What counts are the weights that the loader will take: others beside them do not make up for what they lack.
+    """
     if file is not None:
         return snapshot / file if (snapshot / file).is_file() else None
-    small = _all_there(snapshot, ["config.json"]) and _has_tokenizer(snapshot)
-    for stem, suffix in INDEXED:
-        index = snapshot / f"{stem}.{suffix}.index.json"
-        weights = _indexed_names(index) if index.exists() else [f"{stem}.{suffix}"]
-        if small and weights and _all_there(snapshot, weights):
-            return snapshot
-    for folder in (snapshot / "original", snapshot):
-        if _all_there(folder, ["params.json", "consolidated.00.pth"]) and _has_tokenizer(folder, snapshot):
-            broken = [link for link in folder.glob("consolidated.*.pth") if not link.is_file()]
-            return None if broken else snapshot
-    ggufs = [path for path in snapshot.rglob("*.gguf") if path.is_file()]
-    return ggufs[0] if len(ggufs) == 1 and not (snapshot / "config.json").exists() else None
+    try:
+        layout, folder = find_layout(snapshot)
+    except (OSError, ValueError):  # no weights, or several GGUF files
+        layout, folder = "gguf", snapshot
+    if layout == "gguf":
+        ggufs = [path for path in snapshot.rglob("*.gguf") if path.is_file()]
+        return ggufs[0] if len(ggufs) == 1 and not (snapshot / "config.json").exists() else None
+    if layout == "meta":
+        small, weights = ["params.json"], ["consolidated.00.pth"]
+        weights += [shard.name for shard in folder.glob("consolidated.*.pth")]
+    else:
+        stem, suffix = next(kind for kind in INDEXED if kind[1] == layout)
+        index = folder / f"{stem}.{suffix}.index.json"
+        small, weights = ["config.json"], _indexed_names(index) if index.exists() else [f"{stem}.{suffix}"]
+    whole = weights and _all_there(folder, small + weights) and _has_tokenizer(folder, snapshot)
+    return snapshot if whole else None
 
 
 def _has_tokenizer(*folders: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from llama_3.config import find_layout
 from llama_3.hub import HubId, model_name, needed_files, parse_hub_id, resolve_model
 from tests.llama_3.fake_hub import COMMIT, SECRET, Hub, serve_hub
 
@@ -258,6 +259,45 @@ def test_every_shard_that_the_index_names_must_be_there(hub: Hub, tmp_path: Path
         (tmp_path / "cache" / "models--org--tiny" / "refs" / "main").write_text("abc")
         index.write_text(damaged)
         assert resolve_model("org/tiny") != snapshot
+
+
+def layout_files(kind: str, part: bool) -> dict[str, bytes]:
+    """A layout's files; with `part` the last of its weights is missing."""
+    if kind == "meta":
+        return {f"original/{name}": b"x" for name in ("params.json", *([] if part else ["consolidated.00.pth"]))}
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    shards = [f"{stem}-0000{i}-of-00002.{kind}" for i in (1, 2)]
+    index = {f"{stem}.{kind}.index.json": json.dumps({"weight_map": dict(enumerate(shards))}).encode()}
+    return index | dict.fromkeys(shards[:-1] if part else shards, WEIGHTS)
+
+
+@pytest.mark.parametrize(("first", "second"), [("safetensors", "bin"), ("safetensors", "meta"), ("bin", "meta")])
+def test_other_weights_do_not_make_up_for_missing_ones(first: str, second: str, hub: Hub, tmp_path: Path) -> None:
+    small = {"config.json": b"{}", "tokenizer.json": b"{}"}
+    hub.repos["org/tiny"] = small | layout_files(first, part=False) | layout_files(second, part=False)
+    snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / COMMIT
+
+    def cache(files: dict[str, bytes]) -> None:
+        shutil.rmtree(snapshot.parents[1], ignore_errors=True)
+        for name, content in files.items():
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(content)
+        hub.asked.clear()
+
+    cache(small | layout_files(first, part=True) | layout_files(second, part=False))
+    assert resolve_model("org/tiny") == snapshot
+    missing = layout_files(first, part=False).keys() - layout_files(first, part=True).keys()
+    assert set(hub.fetched()) == missing
+    assert find_layout(snapshot)[0] == first and all((snapshot / name).is_file() for name in layout_files(first, False))
+    cache(small | layout_files(first, part=False) | layout_files(second, part=True))
+    assert resolve_model("org/tiny") == snapshot and hub.asked == []
+
+
+def test_metas_files_beside_the_config_come_before_original(hub: Hub) -> None:
+    names = ("params.json", "tokenizer.model", "consolidated.00.pth")
+    hub.repos["org/tiny"] = {each + name: (each + name).encode() for each in ("", "original/") for name in names}
+    folder = resolve_model("org/tiny")
+    assert find_layout(folder) == ("meta", folder) and "consolidated.00.pth" in hub.fetched()
 
 
 def test_no_network_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
