@@ -4,7 +4,8 @@ A snapshot in the cache that holds all a model needs is used without any request
 loaders read are fetched, in one form of the weights: safetensors, else PyTorch's, else Meta's own, else one GGUF file.
 The branch's entry in the cache (`refs/main`) is written when everything is there; a file that is not whole never gets
 its name, and Meta's shards come last to first, so that the first one vouches for the rest. Whatever goes wrong is one
-sentence built here: what the library says may hold signed addresses or tokens and is never passed on.
+sentence built here: what the library says may hold signed addresses or tokens and is never passed on, nor chained,
+since a traceback would show it.
 
 `huggingface_hub` is imported where it is used, since most commands never need it.
 """
@@ -254,7 +255,7 @@ def _download(wanted: HubId) -> Path:
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         commit = info.sha or ""
     except Exception as error:  # the library and what lies under it have no common base
-        raise _told(error, wanted) from error
+        raise _told(error, wanted) from None
     files = needed_files(sizes, wanted)
     if not _COMMIT.fullmatch(commit):
         raise _explained(OSError, f"the Hub does not say which commit {wanted} is", "check HF_ENDPOINT")
@@ -265,7 +266,7 @@ def _download(wanted: HubId) -> Path:
             try:
                 hf_hub_download(wanted.repo, name, revision=commit)
             except Exception as error:
-                raise _told(error, wanted, name) from error
+                raise _told(error, wanted, name) from None
     found = _whole_model(snapshot, wanted.file or (files[0] if files[0].endswith(".gguf") else None))
     if found is None:
         raise _explained(OSError, f"the copy of {wanted} in {snapshot} is not whole", "run the same command again")

@@ -19,7 +19,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import typer
 
 from steer.cli import capture, chat, complete, doctor, features, inspect, label, train
-from steer.cli.options import app, is_heard, processes
+from steer.cli.options import app, is_heard, narrate, processes
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
@@ -65,7 +65,7 @@ def _main(arguments: Sequence[str]) -> int:
         return ExitCode.USAGE
     except EXPLAINED as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            narrate(traceback.format_exc())
         print(render(error), file=sys.stderr)
         return ExitCode.MISTAKE
     except (MemoryError, RuntimeError) as error:

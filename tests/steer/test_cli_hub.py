@@ -115,3 +115,11 @@ def test_what_goes_wrong_on_the_way_is_one_sentence(steer: Steer, hub: Hub) -> N
     for model, why in (("org/tiny", "is gated"), ("org/gone", "no such model on the Hub"), ("gone", "no model folder")):
         code, lines, err = steer("complete", "hi", "--model", model)
         assert (code, lines) == (1, []) and err.count("error: ") == 1 and why in err and "\n\nhint: " in err
+
+
+def test_a_traceback_shows_nothing_of_what_the_library_says(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, status in (("org/gone", 0), ("org/tiny", 403), ("org/tiny", 500)):
+        hub.status = status
+        assert main(["complete", "hi", "--model", model, "--debug"]) == 1
+        out, err = capsys.readouterr()
+        assert "Traceback" in err and "hub.py" in err and SECRET not in out + err
