@@ -17,7 +17,7 @@ from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
 
 Slots = slice | tuple[Tensor, Tensor, Tensor]
-"""Slots that are the same for all rows, or (row, slot, token) indices of the real tokens where rows differ in length."""
+"""The same slots for all rows, or (row, slot, token) indices of the real tokens of rows of different length."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ hooks that have changed.
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Step:
     """The likeliest tokens, likeliest first."""
     finish: str | None
     """`stop` or `length` on the row's last step, else None."""
+    text: str = ""
+    """What the token adds to the row's `ReplyText`, where there is one."""
 
 
 class StopText:
@@ -76,6 +78,28 @@ class StopText:
         return released
 
 
+class ReplyText:
+    """The text of one reply as its tokens come: whole characters, no special tokens, cut before a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), *, opens: bool = False) -> None:
+        """`opens` says that the reply begins a text, see `StreamDecoder`."""
+        self._special_ids = tokenizer.special_ids
+        self._decoder, self._stop = StreamDecoder(tokenizer, opens=opens), StopText(stop_strings)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stop.found
+
+    def push(self, token: int) -> str:
+        """What of the text is certain with this token and was not before."""
+        return "" if token in self._special_ids else self._stop.push(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """What was held back, at the end of the reply."""
+        return "" if self.stopped else self._stop.push(self._decoder.flush()) + self._stop.flush()
+
+
 @dataclass
 class _Row:
     """A row while it is being written."""
@@ -87,10 +111,9 @@ class _Row:
     sampling: Sampling
     generator: torch.Generator
     history: list[int]
-    decoder: StreamDecoder | None
-    text: StopText
+    text: ReplyText | None
     made: int = 0
-    finish: str | None = field(default=None)
+    finish: str | None = None
     """Set with the last step; a row with `length` may stay for one more pass."""
 
 
@@ -102,8 +125,7 @@ def stream_steps(
     seeds: Sequence[int],
     max_tokens: int,
     stop_ids: Sequence[int] | frozenset[int],
-    stop_strings: Sequence[str] = (),
-    tokenizer: Tokenizer | None = None,
+    texts: Sequence[ReplyText] = (),
     hooks: Hooks | None = None,
     cache: KVCache | None = None,
     stop: threading.Event | None = None,
@@ -114,20 +136,21 @@ def stream_steps(
     """Yield the steps of the rows still being written, in the order of rows, once per forward pass.
 
     A row ends with finish `stop` at a token of `stop_ids` (which is a step, but not text of the reply) or at the token
-    that completes one of `stop_strings` (which need `tokenizer`; the caller cuts the text, see `StopText`), and with
-    `length` after `max_tokens` steps or when the model's context is full. Prompts longer than `chunk` are read in
+    that completes a stop string of its text (`texts`, one a row, say what each step adds), and with `length` after
+    `max_tokens` steps or when the model's context is full. Prompts longer than `chunk` are read in
     several passes, all rows ending with the same one; a pass that only reads yields an empty list. With `read_last` a
     row that ended by length is read once more so that hooks see its last token, which may give an empty list too. When
     `stop` is set, no further pass begins.
 
     A `cache` may hold a first part of each prompt, which is not read again. It is written to, and its finished rows
-    are dropped as they end (the last ones stay). ValueError names a prompt that is empty, holds an id outside the
+    are dropped as they end (the last ones stay). Nothing is checked before the first step is asked for; then a
+    ValueError names a prompt that is empty, holds an id outside the
     vocabulary, leaves no room in the context or nothing to read, and a biased token that is not there.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     assert len(samplings) == len(seeds) == len(prompts), "one sampling and one seed per prompt"
     assert cache is None or cache.rows == len(prompts), "one row of the cache per prompt"
-    assert tokenizer is not None or not stop_strings, "stop strings need a tokenizer"
+    assert not texts or len(texts) == len(prompts), "one text per prompt"
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens} and must be at least 1")
     if not prompts:
@@ -138,10 +161,8 @@ def stream_steps(
     for number, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
         _check_prompt(prompt, length, samplings[number], model)
         generator = torch.Generator().manual_seed(seeds[number])
-        decoder = StreamDecoder(tokenizer) if stop_strings and tokenizer is not None else None
-        row = _Row(number, list(prompt[length:]), len(prompt), samplings[number], generator, list(prompt), decoder,
-                   StopText(stop_strings))  # fmt: skip
-        live.append(row)
+        text = texts[number] if texts else None
+        live.append(_Row(number, list(prompt[length:]), len(prompt), samplings[number], generator, list(prompt), text))
     if cache is None:
         cache = model.new_cache(len(live), min(context, max(row.prompt_length for row in live) + max_tokens))
     while live:
@@ -163,11 +184,12 @@ def stream_steps(
             row.made += 1
             row.feed = [token]
             row.history.append(token)
-            if token in stopping or _ends_text(row, token):
+            added = "" if row.text is None or token in stopping else row.text.push(token)
+            if token in stopping or (row.text is not None and row.text.stopped):
                 row.finish = "stop"
             elif row.made >= max_tokens or row.prompt_length + row.made >= context:
                 row.finish = "length"
-            steps.append(Step(row.number, token, logprob, entropy, others, row.finish))
+            steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added))
         yield steps
         wrote = set(writing)
         kept = [
@@ -255,7 +277,8 @@ def _draw(
     A = drawn.alternatives_BA.shape[1]
     columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None]]
     columns += [drawn.alternatives_BA, drawn.probabilities_BA]
-    table = torch.cat([column.double() for column in columns], 1).tolist()  # a float64 holds every id exactly
+    assert logits_BV.shape[1] <= 1 << 24, "a float32 would not hold every id exactly, and MPS has no float64"
+    table = torch.cat([column.float() for column in columns], 1).tolist()
     return [
         (
             int(token),
@@ -265,9 +288,3 @@ def _draw(
         )
         for token, logprob, entropy, *rest in table
     ]
-
-
-def _ends_text(row: _Row, token: int) -> bool:
-    if row.decoder is not None:
-        row.text.push(row.decoder.push(token))
-    return row.text.found

@@ -86,7 +86,8 @@ class Reading:
     """(T, 1, N), or (B, T, 1, N) when rows stand at different lengths."""
     sin: Tensor
     mask: Tensor | None
-    """Added to attention scores, (T, S) or (B, 1, T, S); None when nothing is hidden or `causal` says it all."""
+    """Added to attention scores, (G*T, S) or (B, 1, G*T, S) for the G query heads of a group one after another; None
+    when nothing is hidden or `causal` says it all."""
     causal: bool
     """More than one token, none read before: a token sees those before it, and the fresh keys are all keys."""
     where: Slots
@@ -100,6 +101,7 @@ def plan_reading(
 ) -> Reading:
     """The `Reading` of `tokens` columns of right-padded rows that start at `starts` and hold `counts` real tokens."""
     device, start = like.device, starts[0]
+    group = rope.config.n_heads // rope.config.n_kv_heads
     end = max(starts) + tokens
     if all(other == start for other in starts) and (capacity is None or end <= capacity):
         cos, sin = rope.tables(end, like)
@@ -107,6 +109,7 @@ def plan_reading(
         if tokens > 1 and start > 0:
             hidden = torch.ones(tokens, end, dtype=torch.bool, device=device).triu(start + 1)
             mask = torch.zeros(tokens, end, dtype=like.dtype, device=device).masked_fill_(hidden, -torch.inf)
+            mask = mask.repeat(group, 1)
         return Reading(
             cos[start:end, None], sin[start:end, None], mask, tokens > 1 and start == 0, slice(start, end), end
         )
@@ -119,6 +122,7 @@ def plan_reading(
     end = min(end, capacity)
     hidden = torch.arange(end, device=device) > positions_BT[:, None, :, None]
     mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, -torch.inf)
+    mask = mask.repeat(1, 1, group if tokens > 1 else 1, 1)
     where = (row.to(device), slot.to(device), token.to(device))
     return Reading(cos[positions_BT][:, :, None], sin[positions_BT][:, :, None], mask, False, where, end)
 
@@ -143,15 +147,15 @@ class Attention(nn.Module):
             cache.write(k, v, reading.where)
             if not reading.causal:
                 k, v = cache.keys[:, :, : reading.end], cache.values[:, :, : reading.end]
-        if T == 1:  # the query heads of a group stand as the queries of their key head: no head is repeated
-            q = qk_BTHN[:, :, :H].reshape(B, K, H // K, N)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask).reshape(B, 1, H * N)
+        q = qk_BTHN[:, :, :H].transpose(1, 2)
+        if reading.causal:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K != H)
         else:
-            q = qk_BTHN[:, :, :H].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=reading.mask, is_causal=reading.causal, enable_gqa=K != H
-            )
-            mixed = mixed.transpose(1, 2).reshape(B, T, H * N)
+            # The heads of a group stand as more queries of their key head: no head is repeated, and unlike `enable_gqa`
+            # this leaves a card's fused kernels a choice when there is a mask.
+            q = q.reshape(B, K, H // K * T, N)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask).view(B, H, T, N)
+        mixed = mixed.transpose(1, 2).reshape(B, T, H * N)
         if tap is not None:
             mixed = tap(self.z, mixed)
         attended: Tensor = self.out(mixed)

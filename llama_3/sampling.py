@@ -19,6 +19,12 @@ _FIRST_LOOK = 256
 """Candidates sorted before the whole vocabulary is: enough for nearly every nucleus."""
 
 
+_LARGE = 1e6
+"""More than any logit: larger penalties and biases do no more, and could overflow."""
+_COLD = 1e-30
+"""A temperature below which only the likeliest token is left, and above which dividing does not overflow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; ValueError where a number is out of its range."""
@@ -50,9 +56,13 @@ class Sampling:
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
-            ("logit_bias", all(i >= 0 and bias < math.inf for i, bias in self.logit_bias), "ids from 0, numbers"),
+            ("repetition_penalty", 1 / _LARGE <= self.repetition_penalty <= _LARGE, f"from 1e-6 to {_LARGE:g}"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= _LARGE, f"from -{_LARGE:g} to {_LARGE:g}"),
+            (
+                "logit_bias",
+                all(i >= 0 and (abs(bias) <= _LARGE or bias == -math.inf) for i, bias in self.logit_bias),
+                f"ids from 0 with numbers from -{_LARGE:g} to {_LARGE:g}, or minus infinity",
+            ),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be {need}")
@@ -113,7 +123,7 @@ def _shift(logits_V: Tensor, sampling: Sampling, seen: Sequence[int], reply: Seq
     device = logits_V.device
     if sampling.logit_bias:
         ids, biases = zip(*sampling.logit_bias, strict=True)
-        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device))
+        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device).float())
     if sampling.repetition_penalty != 1.0 and seen:
         where = torch.tensor(sorted(set(seen)), device=device)
         values, penalty = logits_V[where], sampling.repetition_penalty
@@ -128,8 +138,8 @@ def _draw(scores_V: Tensor, sampling: Sampling, uniform: float) -> Tensor:
     """The token, a 0-dim int64, at which the cumulative probability of the tokens kept passes `uniform`."""
     if sampling.temperature == 0.0:
         return scores_V.argmax()
-    # Shifted so that the largest is 0: a tiny temperature then cannot overflow.
-    scaled_V = (scores_V - scores_V.max()) / sampling.temperature
+    # Shifted so that the largest is 0: dividing by a small temperature then gives minus infinity at worst.
+    scaled_V = (scores_V - scores_V.max()) / max(sampling.temperature, _COLD)
     size = len(scaled_V)
     if not sampling.top_k and sampling.top_p >= 1.0 and sampling.min_p == 0.0:
         return _invert(torch.softmax(scaled_V, -1), size, uniform)

@@ -49,12 +49,14 @@ class Screen:
             codes_FD[start : start + _BLOCK] = (rows_RD / step_R[:, None]).round_().to(torch.int8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantised tensors are on their way out of torch, their kernels are not
-            engine = torch.backends.quantized.engine
-            torch.backends.quantized.engine = "fbgemm"
             zeros_F = torch.zeros(d_sae, dtype=torch.int64)
             coded = torch._make_per_channel_quantized_tensor(codes_FD, self.step_F.double(), zeros_F, 0)
-            self._packed = torch.ops.quantized.linear_prepack(coded, None)
-            torch.backends.quantized.engine = engine
+            engine = torch.backends.quantized.engine
+            try:
+                torch.backends.quantized.engine = "fbgemm"
+                self._packed = torch.ops.quantized.linear_prepack(coded, None)
+            finally:
+                torch.backends.quantized.engine = engine
 
     def topk(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Indices and pre-activations (B, K) of the k largest, largest first; None where the estimates cannot tell."""

@@ -6,6 +6,7 @@ events of `steer/events.py` (how, is told in `steer/replies.py`). Nothing above 
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +19,14 @@ from labels.index import Feature, LabelIndex
 from llama_3.chat_format import ChatFormat, Message, load_chat_format
 from llama_3.checkpoint import load_model
 from llama_3.config import read_config, read_generation_defaults
-from llama_3.generate import StopText
+from llama_3.generate import ReplyText
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
 from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
-from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_3.tokenizer import Tokenizer, load_tokenizer
 from sae.checkpoint import load_sae
 from sae.intervene import CompiledSet, Steerer
 from sae.model import SAE
@@ -35,7 +36,7 @@ from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
 from steer.replies import Held, Replies, Row, hits_by_row, prompt_events
-from steer.resolve import Resolver, check_labels, check_pair
+from steer.resolve import Resolver, check_together
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
@@ -74,10 +75,9 @@ class Engine:
         self._lock = threading.Lock()
         self._held: Held | None = None
         self._hook = HookPoint.parse(sae.config.hook) if sae else None
-        if sae and self._hook:
+        if sae:
+            check_together(model.config, sae, index)
             sae.prepare()
-            check_pair(model, sae, self._hook)
-            check_labels(sae, index.meta() if index else {})
         self._name, self._resolver = name, Resolver(sae)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
@@ -102,8 +102,8 @@ class Engine:
         `choose_placement`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or
         int4, for the blocks above the SAE's hook; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of the
         checkpoint's own; `compile` lets torch compile the blocks without hooks. Under torchrun, every process loads its
-        share of the model. Raises `SteerError`, `ValueError` or
-        `OSError` with one sentence for what is wrong, damaged, not to be had or too large.
+        share of the model. Raises `SteerError`, `ValueError` or `OSError` with one sentence for what is wrong, damaged,
+        not to be had or too large.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -119,27 +119,34 @@ class Engine:
             reason = "; ".join(filter(None, (where.reason, f"shared out over {world()} processes")))
             where = replace(where, device=own_device(where.device), reason=reason)
             config = share(config, world())
+        # All that can be wrong is found before the weights are read, which may take minutes.
+        tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
+        spelled = load_chat_format(path, tokenizer, chat_format)
+        index = LabelIndex(Path(labels), read_only=True) if labels else None
         encoder = load_sae(Path(sae), where.device) if sae else None
         keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder else 0
+        if encoder:
+            check_together(config, encoder, index)
+        if compile and where.device == "cpu" and not _has_compiler():
+            raise SteerError("`--compile` needs a C++ compiler, and here is none", "install g++, or leave it out")
         together(partial(check_fit, config, path, where, quantize, kept_layers=keep))
-        finish = quantizer(quantize, keep) if quantize else None
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
         else:
+            finish = quantizer(quantize, keep) if quantize else None
             transformer = load_model(path, where.dtype, where.device, finish=finish)
         if quantize:
             quantize_head(transformer)  # in int8 always: 4 bits cost the most there
         if compile:
             transformer.compile_blocks()
-        tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
         return cls(
             transformer,
             tokenizer,
             encoder,
-            LabelIndex(Path(labels), read_only=True) if labels else None,
+            index,
             name="Llama-Tale-14M" if path == DEMO_MODEL else model_name(path),
             defaults=Sampling(generation.temperature, generation.top_p),
-            chat_format=load_chat_format(path, tokenizer, chat_format),
+            chat_format=spelled,
             quantized=quantize,
             reason=where.reason,
         )
@@ -216,7 +223,6 @@ class Engine:
             agree(seeds),
             max_tokens,
             AgreedStop(stop or threading.Event()),
-            stop_strings,
         )
 
     def _run(
@@ -227,13 +233,12 @@ class Engine:
         seeds: list[int],
         max_tokens: int,
         stop: threading.Event,
-        stop_strings: Sequence[str],
     ) -> Iterator[Event]:
         with self._lock:
             if reuse and (replies.recording or self.sae is None):
                 [row] = replies.rows
                 self._held = replies.held = self._room(len(row.prompt) + max_tokens)
-            yield from replies.write(sampling, seeds, max_tokens, stop, stop_strings)
+            yield from replies.write(sampling, seeds, max_tokens, stop)
 
     def _room(self, tokens: int) -> Held:
         """What is held of the last chat, with room for so many tokens; it grows by half at least."""
@@ -291,16 +296,11 @@ class Engine:
             messages = [Message(role, content) for role, content in prompt.messages]
             tokens, _, dropped = self.chat_format.fit_dialog(messages, budget)
         else:
-            bos = self.tokenizer.token_text(self.tokenizer.bos_id)
-            begins = prompt.text.startswith(bos)
-            tokens, dropped = (
-                self.tokenizer.encode(prompt.text.removeprefix(bos) if begins else prompt.text, bos=True),
-                0,
-            )
+            text = prompt.text.removeprefix(self.tokenizer.token_text(self.tokenizer.bos_id))
+            tokens, dropped = self.tokenizer.encode(text, bos=True), 0
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
-        decoder = StreamDecoder(self.tokenizer, opens=prompt.text is None)
-        return Row(tokens, dropped, decoder, StopText(stop_strings))
+        return Row(tokens, dropped, ReplyText(self.tokenizer, stop_strings, opens=prompt.text is None))
 
     def _sets(self, steering: Steering, rows: int) -> list[SteeringSet]:
         if callable(steering):
@@ -344,6 +344,16 @@ class Engine:
 
     def labels(self, latents: Sequence[int]) -> dict[int, str]:
         return self.index.labels_of(latents) if self.index else {}
+
+
+def _has_compiler() -> bool:
+    """Whether torch finds what it compiles CPU code with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except Exception:  # torch's own way of saying no
+        return False
 
 
 def _card(

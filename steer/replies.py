@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from llama_3.cache import KVCache
-from llama_3.generate import Step, StopText, rerun, stream_steps
+from llama_3.generate import ReplyText, Step, rerun, stream_steps
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
@@ -37,8 +37,7 @@ class Row:
     prompt: list[int]
     dropped: int
     """Messages that were left out of the prompt."""
-    decoder: StreamDecoder
-    text: StopText = field(default_factory=lambda: StopText(()))
+    text: ReplyText
     hits: list[Hits] = field(default_factory=list)
     """Those of the prompt's tokens read so far."""
     pending: Step | None = None
@@ -112,7 +111,6 @@ class Replies:
         seeds: Sequence[int],
         max_tokens: int,
         stop: threading.Event,
-        stop_strings: Sequence[str],
     ) -> Iterator[Event]:
         """The events of all rows, as they come."""
         started = time.perf_counter()
@@ -125,8 +123,7 @@ class Replies:
             seeds=seeds,
             max_tokens=max_tokens,
             stop_ids=self.stop_ids,
-            stop_strings=stop_strings,
-            tokenizer=self.tokenizer,
+            texts=[row.text for row in self.rows],
             hooks=self._hooks,
             cache=self.held.cache if self.held else None,
             stop=stop,
@@ -282,13 +279,11 @@ class Replies:
             for a in step.alternatives
             if a.token != step.token
         )
-        text = "" if special else row.text.push(row.decoder.push(step.token))
-        return TokenEvent(number, index, step.token, text, special, step.logprob, step.entropy, others, hits)
+        return TokenEvent(number, index, step.token, step.text, special, step.logprob, step.entropy, others, hits)
 
     def _finished(self, number: int, seed: int, started: float) -> Finished:
         row, seconds = self.rows[number], time.perf_counter() - started
-        rest = row.decoder.push(row.pending.token) if row.pending is not None else ""
-        text = row.text.push(rest + row.decoder.flush()) + row.text.flush()
+        text = (row.pending.text if row.pending is not None else "") + row.text.flush()
         speed = row.length / seconds if seconds > 0 else 0.0
         return Finished(number, row.finish, seed, self._report(number, row), speed, text)
 
@@ -322,10 +317,10 @@ def prompt_events(
 
 def hits_by_row(record: Record) -> dict[int, list[Hits]]:
     """Row -> per token it read (padding left out) the active latents, strongest first; one copy from the device."""
-    values_BTK, order = record.latents.values.double().sort(-1, descending=True)
+    values_BTK, order = record.latents.values.float().sort(-1, descending=True)
     indices_BTK = record.latents.indices.gather(-1, order)
     flags_BT2 = torch.stack([record.positions_BT >= 0, record.readable_BT], -1)
-    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).tolist()  # a float64 holds every index exactly
+    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).tolist()  # a float32 holds every index up to 2^24
     k = indices_BTK.shape[-1]
     return {
         row: [

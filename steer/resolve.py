@@ -5,10 +5,9 @@ So is an SAE that cannot belong to the model, and an index that cannot belong to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from labels.index import LabelIndex
+from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
-from llama_3.model import Transformer
 from sae.intervene import CompiledEdit, CompiledSet
 from sae.model import SAE
 from steer.edits import Edit, SteeringSet
@@ -101,19 +100,17 @@ class Resolver:
         return float(self._sae.decoder_direction(latent).float().norm())
 
 
-def check_pair(model: Transformer, sae: SAE, hook: HookPoint) -> None:
-    """Refuse an SAE that cannot belong to this model."""
-    if hook.layer >= model.config.n_layers:
-        raise SteerError(f"this SAE stands at {hook}, the model has {model.config.n_layers} blocks, from 0")
-    if sae.config.d_in != (width := hook.width(model.config)):
+def check_together(config: ModelConfig, sae: SAE, index: LabelIndex | None) -> None:
+    """Refuse an SAE that cannot belong to a model of this config, and labels that speak of another SAE."""
+    hook = HookPoint.parse(sae.config.hook)
+    if hook.layer >= config.n_layers:
+        raise SteerError(f"this SAE stands at {hook}, the model has {config.n_layers} blocks, from 0")
+    if sae.config.d_in != (width := hook.width(config)):
         raise SteerError(
             f"this SAE reads vectors of {sae.config.d_in}, those of the model at {hook} have {width}",
             "pass the SAE that was trained on this model",
         )
-
-
-def check_labels(sae: SAE, meta: Mapping[str, str]) -> None:
-    """Refuse labels that speak of another SAE."""
+    meta = index.meta() if index else {}
     for name, own in (("d_sae", str(sae.config.d_sae)), ("hook", sae.config.hook)):
         if meta.get(name, own) != own:
             raise SteerError(

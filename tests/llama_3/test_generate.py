@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama_3.generate import Step, StopText, stream_steps
+from llama_3.generate import ReplyText, Step, StopText, stream_steps
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling, sample
@@ -184,10 +184,10 @@ def test_a_stop_string_ends_the_row_where_it_is_complete(model: Transformer) -> 
         return x_BTD * 0 + letter * 100
 
     hooks.add(HookPoint(1, "resid_post"), spell)
-    [steps] = run(
-        model, [PROMPTS[0]], hooks=hooks, sampling=Sampling(0.0), stop_strings=("xyz", "STOP"), tokenizer=tokenizer
-    )
+    texts = [ReplyText(tokenizer, ("xyz", "STOP"))]
+    [steps] = run(model, [PROMPTS[0]], hooks=hooks, sampling=Sampling(0.0), texts=texts)
     assert bytes(tokens_of(steps)) == b"abcSTOP" and steps[-1].finish == "stop"
+    assert [step.text for step in steps] == ["a", "b", "c", "", "", "", ""] and texts[0].flush() == ""
 
 
 def test_the_context_ends_a_row_with_length() -> None:
@@ -301,6 +301,23 @@ def test_penalties_and_biases_change_the_draw_and_not_the_report() -> None:
         token, logprob = draw(sampling, history, made)
         assert token == chosen
         assert logprob == pytest.approx(float(logprobs[chosen]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1e-46),
+        Sampling(1e-38, 1.0),
+        Sampling(0.7, logit_bias=((2, 10**6),)),
+        Sampling(0.7, frequency_penalty=-1e6),
+        Sampling(0.7, 1.0, repetition_penalty=1e-6),
+    ],
+    ids=str,
+)
+def test_extremes_draw_the_token_they_point_at(sampling: Sampling) -> None:
+    logits_1V = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
+    drawn = sample(logits_1V, [sampling], generators(0), [[2, 2]], [2])
+    assert int(drawn.tokens_B) == 2
 
 
 def test_a_bias_on_a_token_that_is_not_there_is_refused(model: Transformer) -> None:

@@ -1,7 +1,7 @@
 """What a chat has read is not read again, and nobody can tell: tokens, hits and report are those of a fresh engine."""
 
+import math
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -39,15 +39,19 @@ def engine_like(engine: Engine, hook: str | None = None) -> Engine:
     return Engine(engine.model, engine.tokenizer, tiny_sae(hook=hook))
 
 
-def reads(engine: Engine) -> list[int]:
-    """From now on, the number of tokens of each forward pass through the first block."""
+def reads(engine: Engine, block: int = 0) -> list[int]:
+    """From now on, the number of tokens of each forward pass through a block."""
     counts: list[int] = []
 
     def count(module: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         counts.append(output.shape[1])
 
-    engine.model.blocks[0].register_forward_hook(count)
+    engine.model.blocks[block].register_forward_hook(count)
     return counts
+
+
+# Letters only, so that a reply is read back as the very tokens that it was written in.
+LETTERS = tuple((token, -math.inf) for token in range(272) if not 97 <= token <= 122 and token != 32)
 
 
 def ask(engine: Engine, prompt: Prompt, sets: list[SteeringSet], reuse: bool) -> list[Event]:
@@ -56,7 +60,7 @@ def ask(engine: Engine, prompt: Prompt, sets: list[SteeringSet], reuse: bool) ->
     for event in engine.stream(
         [prompt],
         lambda: sets[min(len(tokens(events)), len(sets) - 1)],
-        sampling=Sampling(0.8),
+        sampling=Sampling(0.8, logit_bias=LETTERS),
         seeds=[7],
         max_tokens=9,
         reuse=reuse,
@@ -105,20 +109,23 @@ def test_a_chat_that_reuses_equals_one_that_reads_all_anew(
         text += said + f" and {number}"
 
 
-def test_only_what_is_new_is_read_and_a_changed_set_runs_nothing_below_its_hook(fresh: Engine) -> None:
+def test_only_what_is_new_is_read_and_a_changed_set_runs_nothing_below_its_hook() -> None:
     engine = Engine(tiny_model(), byte_tokenizer(), tiny_sae())
-    counts = reads(engine)
-    base = ask(engine, Prompt(text="abc"), [SETS[0]], True)
-    assert counts[0] == 4
-    again = "abc" + "".join(e.text for e in base if isinstance(e, TokenEvent) and not e.special)
-    known = len(engine.tokenizer.encode(again, bos=True))
-    counts.clear()
-    ask(engine, Prompt(text=again + "xyz"), [SETS[0]], True)
-    if tokens(base) == engine.tokenizer.encode(again)[3:]:
-        assert counts[0] == 3
-    counts.clear()
-    ask(engine, Prompt(text=again + "xyz"), [SETS[1]], True)  # the same prompt, steered: a rerun above block 0
-    assert counts[0] == 1 and known > 4
+    below, above = reads(engine, 0), reads(engine, 1)
+    reply = ask(engine, Prompt(text="abc"), [SETS[0]], True)
+    assert below == above == [4] + [1] * 9
+    said = "".join(event.text for event in reply if isinstance(event, TokenEvent))
+    assert len(said) == 9
+    for sets, text, ours, theirs in (
+        (SETS[0], "abc" + said + "xyz", [3], [3]),  # the reply was read as it was written
+        (SETS[1], "abc" + said + "xyz", [1], [15, 1]),  # another set: block 0 reads the last token, block 1 all
+        (SETS[1], "abc" + said + "xyz", [1], [1]),
+        (SETS[1], "abd", [1], [1]),
+    ):
+        below.clear()
+        above.clear()
+        ask(engine, Prompt(text=text), [sets], True)
+        assert below == ours + [1] * 9 and above == theirs + [1] * 9
 
 
 def test_another_chat_and_other_calls_between_do_no_harm(fresh: Engine) -> None:
@@ -178,11 +185,13 @@ def test_stop_strings_end_a_reply_before_them(fresh: Engine) -> None:
     events = [event for event in plain if isinstance(event, TokenEvent)]
     text = "".join(event.text for event in events) + end(plain).text
     cut = next(text[i : i + 2] for i in range(2, len(text) - 2) if text.index(text[i : i + 2]) == i)
-    stream = fresh.stream(
-        [Prompt(text="Once upon")], [SETS[0]], sampling=Sampling(0.8), seeds=[7], max_tokens=9, stop_strings=[cut]
+    drawn = Sampling(0.8, logit_bias=LETTERS)
+    stopped = list(
+        fresh.stream([Prompt(text="Once upon")], [SETS[0]], sampling=drawn, seeds=[7], max_tokens=9, stop_strings=[cut])
     )
-    stopped = list(stream)
     shown = "".join(event.text for event in stopped if isinstance(event, TokenEvent)) + end(stopped).text
     assert end(stopped).finish == "stop"
     assert shown == text[: text.index(cut)]
-    assert replace(end(stopped).report, edits=()).steps <= end(plain).report.steps
+    assert end(stopped).report.steps == next(
+        n for n in range(1, 10) if cut in "".join(event.text for event in events[:n])
+    )
