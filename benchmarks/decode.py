@@ -63,6 +63,8 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
         return torch.randn(*size, generator=generator).mul_(std).bfloat16()
 
     weights = {"model.embed_tokens.weight": random(shape["vocab"], d), "model.norm.weight": torch.ones(d).bfloat16()}
+    # The special tokens are never the likeliest, so that no reply ends before its time.
+    weights["model.embed_tokens.weight"][-256:] *= 0.1
     for layer in range(shape["layers"]):
         name = f"model.layers.{layer}."
         weights |= {name + f"{norm}_layernorm.weight": torch.ones(d).bfloat16() for norm in ("input", "post_attention")}
