@@ -40,7 +40,13 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 INDEXED = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Hugging Face's two forms of weights, the better one first."""
 _NAME = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_PART = r"\w[\w.-]*"
+"""Of a path in a repository or of a branch: an empty one, or one that begins with a dot, could lead elsewhere."""
+_REVISION = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
+_HUB_ID = re.compile(
+    rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>(?:{_PART}/)*{_PART}\.gguf))?(?:@(?P<revision>{_REVISION.pattern}))?",
+    re.ASCII,
+)
 E = TypeVar("E", bound=Exception)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -61,9 +67,12 @@ def parse_hub_id(name: str, revision: str | None = None) -> HubId | None:
     found = _HUB_ID.fullmatch(name)
     if found is None or ".." in name or "--" in found["repo"] or len(found["repo"]) > 96:
         return None
+    revision = revision or found["revision"] or "main"
+    if ".." in revision or not _REVISION.fullmatch(revision):
+        return None
     if found["repo"].endswith((".git", ".gguf", ".safetensors", ".bin", ".pth")):  # a file's path, mistyped
         return None
-    return HubId(found["repo"], found["file"], revision or found["revision"] or "main")
+    return HubId(found["repo"], found["file"], revision)
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path:

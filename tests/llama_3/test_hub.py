@@ -83,12 +83,29 @@ def cached_folder(tmp_path: Path, repo: str = "org--tiny") -> Path:
         ("org/name.safetensors", None),
         ("org/na--me", None),
         ("org/name@../../x", None),
+        ("org/name@/etc/passwd", None),
+        ("org/name@a//b", None),
+        ("org/name@a/../b", None),
+        ("org/name@./a", None),
+        ("org/name@v2/", None),
+        ("org/name//etc/x.gguf", None),
+        ("org/name/a//x.gguf", None),
+        ("org/name/../x.gguf", None),
+        ("org/name/./x.gguf", None),
+        ("org/name/x.gguf/", None),
+        ("org/name/.gguf", None),
         ("org/" + "n" * 96, None),
         ("örg/name", None),
     ],
 )
 def test_what_a_hub_id_is(name: str, parts: tuple[str, str | None, str] | None) -> None:
     assert parse_hub_id(name) == (parts and HubId(*parts))
+
+
+def test_a_revision_given_apart_leads_nowhere_else_either() -> None:
+    assert parse_hub_id("org/name@v2", "v1.0/b") == HubId("org/name", None, "v1.0/b")
+    for revision in ("/etc/passwd", "../x", "a//b", "a/", "."):
+        assert parse_hub_id("org/name", revision) is None
 
 
 def test_a_path_that_exists_is_itself(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
