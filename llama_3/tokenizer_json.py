@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from llama_3.config import config_error
+from llama_3.config import config_error, described
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, complete
 from llama_3.vocabulary import Prefix, SpecialTokens, Vocabulary, byte_letters
 
@@ -39,8 +39,9 @@ class JsonTokenizer(Vocabulary):
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise config_error(f"{where} is not a tokenizer that can be used: {error}") from error
-        spell = _bytes_of_letters if byte_level else _bytes_of_piece
-        pieces = {token: spell(piece) for piece, token in self._fast.get_vocab(with_added_tokens=False).items()}
+        # An added token is text as it stands, also where the model's own table lists it.
+        vocab = self._fast.get_vocab(with_added_tokens=False).items()
+        pieces = {token: _spelled(piece, byte_level, where) for piece, token in vocab if piece not in names}
         pieces |= {token: name.encode() for name, token in names.items()}
         super().__init__(pieces, SpecialTokens.choose(special, where, bos, eos), prefix)
 
@@ -135,6 +136,13 @@ def _build(raw: dict[str, Any]) -> FastTokenizer:
     fast = FastTokenizer.from_str(json.dumps(raw))
     fast.encode_special_tokens = True  # typed in a text they are text
     return fast
+
+
+def _spelled(piece: str, byte_level: bool, where: str) -> bytes:
+    try:
+        return _bytes_of_letters(piece) if byte_level else _bytes_of_piece(piece)
+    except (KeyError, ValueError) as error:
+        raise config_error(f"{where} has a token {described(piece)} that spells no bytes") from error
 
 
 def _bytes_of_letters(piece: str) -> bytes:

@@ -64,6 +64,43 @@ def test_a_damaged_tokenizer_json(raw: str, sentence: str, tmp_path: Path) -> No
     assert sentence in refused(tmp_path)
 
 
+def write_json(folder: Path, vocab: list[str], decoder: dict[str, Any], *added: str) -> None:
+    """A `tokenizer.json` with this table, `</s>` and these tokens added."""
+    ids = {piece: index for index, piece in enumerate(dict.fromkeys([*vocab, *added, "</s>"]))}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = [{"id": ids[name], "content": name, "special": name == "</s>"} | plain for name in (*added, "</s>")]
+    model = {"type": "BPE", "vocab": ids, "merges": []}
+    raw = {"version": "1.0", "added_tokens": tokens, "pre_tokenizer": decoder, "decoder": decoder, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("piece", "decoder", "said"),
+    [
+        ("\u4e2d", BYTE_LEVEL, r"\u4e2d"),
+        ("a b", BYTE_LEVEL, "a b"),
+        ("<0xZZ>", METASPACE, "<0xZZ>"),
+        ("<0x-1>", METASPACE, "<0x-1>"),
+    ],
+)
+def test_a_token_that_spells_no_bytes(piece: str, decoder: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_json(tmp_path, ["a", "b", piece], decoder)
+    assert refused(tmp_path).endswith(f"tokenizer.json has a token {said} that spells no bytes")
+
+
+@pytest.mark.parametrize("decoder", [BYTE_LEVEL, METASPACE])
+def test_an_added_token_is_text_although_the_table_lists_it(decoder: dict[str, Any], tmp_path: Path) -> None:
+    added = ["\u4e2d \u6587", "<0xZZ>"]
+    write_json(tmp_path, ["a", "b", *added], decoder, *added)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("\u4e2d \u6587<0xZZ>") == [2, 3]
+    assert tokenizer.decode([2, 3]) == "\u4e2d \u6587<0xZZ>" and tokenizer.decode([0, 1]) == "ab"
+
+
 def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path) -> None:
     FastTokenizer(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     assert "of type WordPiece, and only BPE and Unigram are supported" in refused(tmp_path)
