@@ -3,7 +3,8 @@
 A snapshot in the cache that holds all a model needs is used without any request. Of a repository only the files the
 loaders read are fetched, in one form of the weights: safetensors, else PyTorch's, else Meta's own, else one GGUF file.
 The branch's entry in the cache (`refs/main`) is written when everything is there; a file that is not whole never gets
-its name, and Meta's shards come last to first, so that the first one vouches for the rest. Whatever goes wrong is one
+its name, and Meta's shards come last to first, so that the first one vouches for the rest. Which GGUF file is the only
+one of a repository is noted beside its snapshots: the cache alone cannot tell. Whatever goes wrong is one
 sentence built here: what the library says may hold signed addresses or tokens and is never passed on, nor chained,
 since a traceback would show it.
 
@@ -214,8 +215,8 @@ def _whole_model(snapshot: Path, file: str | None) -> Path | None:
     except (OSError, ValueError):  # no weights, or several GGUF files
         layout, folder = "gguf", snapshot
     if layout == "gguf":
-        ggufs = [path for path in snapshot.rglob("*.gguf") if path.is_file()]
-        return ggufs[0] if len(ggufs) == 1 and not (snapshot / "config.json").exists() else None
+        only = _only_gguf(snapshot)
+        return next((snapshot / name for name in _held_ggufs(snapshot) if name == only), None)
     if layout == "meta":
         small, weights = ["params.json"], ["consolidated.00.pth"]
         weights += [shard.name for shard in folder.glob("consolidated.*.pth")]
@@ -225,6 +226,23 @@ def _whole_model(snapshot: Path, file: str | None) -> Path | None:
         small, weights = ["config.json"], _indexed_names(index) if index.exists() else [f"{stem}.{suffix}"]
     whole = weights and _all_there(folder, small + weights) and _has_tokenizer(folder, snapshot)
     return snapshot if whole else None
+
+
+def _held_ggufs(snapshot: Path) -> list[str]:
+    """The GGUF files in a snapshot; its repository may have more."""
+    return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if path.is_file())
+
+
+def _only_gguf(snapshot: Path) -> str | None:
+    """The one GGUF file that is the model of a snapshot, noted when its repository was last listed."""
+    try:
+        return _note_of_gguf(snapshot).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _note_of_gguf(snapshot: Path) -> Path:
+    return snapshot.parents[1] / ".only_gguf" / snapshot.name
 
 
 def _has_tokenizer(*folders: Path) -> bool:
@@ -251,13 +269,9 @@ def _download(wanted: HubId) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
-        unfinished = _snapshot(wanted) is not None
-        what = "is in the cache only in part" if unfinished else "is neither a local folder nor in the cache"
-        raise _explained(
-            FileNotFoundError,
-            f"{wanted} {what}, and downloads are switched off",
-            "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download it",
-        )
+        what, named = _what_is_cached(wanted)
+        hint = named or "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download it"
+        raise _explained(FileNotFoundError, f"{wanted} {what}, and downloads are switched off", hint)
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True, timeout=timeout)
@@ -276,12 +290,29 @@ def _download(wanted: HubId) -> Path:
                 hf_hub_download(wanted.repo, name, revision=commit)
             except Exception as error:
                 raise _told(error, wanted, name) from None
-    found = _whole_model(snapshot, wanted.file or (files[0] if files[0].endswith(".gguf") else None))
+    if wanted.file is None and files[0].endswith(".gguf"):
+        _write_whole(_note_of_gguf(snapshot), files[0])
+    found = _whole_model(snapshot, wanted.file)
     if found is None:
         raise _explained(OSError, f"the copy of {wanted} in {snapshot} is not whole", "run the same command again")
     if wanted.revision != commit:
-        _write_ref(_repo_folder(wanted) / "refs" / wanted.revision, commit)
+        _write_whole(_repo_folder(wanted) / "refs" / wanted.revision, commit)
     return found
+
+
+def _what_is_cached(wanted: HubId) -> tuple[str, str | None]:
+    """What the cache has of a model that is not whole there, and a hint where a GGUF file can be named instead."""
+    snapshot = _snapshot(wanted)
+    if snapshot is None:
+        return "is neither a local folder nor in the cache", None
+    held = _held_ggufs(snapshot) if wanted.file is None else []
+    if not held:
+        return "is in the cache only in part", None
+    at = "" if wanted.revision == "main" else f"@{wanted.revision}"
+    return (
+        "may hold more GGUF files than the cache",
+        f"name one that is there: {_some([f'{wanted.repo}/{name}{at}' for name in held])}",
+    )
 
 
 @contextmanager
@@ -296,12 +327,12 @@ def _without_addresses() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _write_ref(ref: Path, commit: str) -> None:
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    partial = ref.with_name(f".{ref.name}.{os.getpid()}.partial")
+def _write_whole(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(commit, encoding="utf-8")
-        os.replace(partial, ref)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -352,12 +383,9 @@ def _told(error: Exception, wanted: HubId, file: str | None = None) -> OSError:
     kind = type(causes[-1]).__name__
     if file is not None:
         return _explained(OSError, f"the download of {what} broke off ({kind})", again)
-    hint = "check the connection (and HF_ENDPOINT, when it is set), or give the path of a local folder"
-    return _explained(
-        ConnectionError,
-        f"{wanted} is neither a local folder nor in the cache, and the Hub cannot be reached ({kind})",
-        hint,
-    )
+    cached, named = _what_is_cached(wanted)
+    hint = named or "check the connection (and HF_ENDPOINT, when it is set), or give the path of a local folder"
+    return _explained(ConnectionError, f"{wanted} {cached}, and the Hub cannot be reached ({kind})", hint)
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:

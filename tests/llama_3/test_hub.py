@@ -197,6 +197,34 @@ def test_one_gguf_file_is_the_model(hub: Hub) -> None:
     assert sentence == "there is no tiny.Q2.gguf in org/tiny" and "tiny.Q8_0.gguf" in hint
 
 
+def test_the_only_gguf_file_is_found_in_the_cache_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["org/tiny"] = {"README.md": b"", "sub/tiny.Q8_0.gguf": WEIGHTS}
+    file = resolve_model("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    assert resolve_model("org/tiny") == file and len(hub.asked) == asked
+
+
+def test_a_gguf_file_that_was_asked_for_by_name_is_not_the_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["org/tiny"] = {"a.gguf": WEIGHTS, "b.gguf": b"other"}
+    file = resolve_model("org/tiny/a.gguf")
+    sentence, hint = refused("org/tiny", ValueError)
+    assert sentence == "org/tiny holds 2 GGUF files" and "a.gguf, b.gguf" in hint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    sentence, hint = refused("org/tiny", FileNotFoundError)
+    assert sentence == "org/tiny may hold more GGUF files than the cache, and downloads are switched off"
+    assert hint == "name one that is there: org/tiny/a.gguf"
+    assert resolve_model("org/tiny/a.gguf") == file
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as taken, monkeypatch.context() as away:
+        taken.bind(("127.0.0.1", 0))
+        away.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        sentence, hint = refused("org/tiny", ConnectionError)
+    assert "and the Hub cannot be reached" in sentence and hint == "name one that is there: org/tiny/a.gguf"
+    hub.repos["org/tiny"] = {"a.gguf": WEIGHTS}
+    assert resolve_model("org/tiny") == file
+
+
 def test_metas_own_files_are_found_in_the_cache_again(hub: Hub) -> None:
     names = ("params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth")
     hub.repos["org/tiny"] = {f"original/{name}": name.encode() for name in names}
