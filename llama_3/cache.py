@@ -134,8 +134,9 @@ class KVCache:
                     if self._resid_BSD is not None:
                         self._resid_BSD[new, :used] = self._resid_BSD[old, :used]
         else:
-            self._keys, self._values = self._keys[:, rows], self._values[:, rows]
-            self._resid_BSD = None if self._resid_BSD is None else self._resid_BSD[rows]
+            with torch.inference_mode(False):  # the copies are normal tensors too
+                self._keys, self._values = self._keys[:, rows], self._values[:, rows]
+                self._resid_BSD = None if self._resid_BSD is None else self._resid_BSD[rows]
         self.lengths = [self.lengths[r] for r in rows]
         self._view()
 

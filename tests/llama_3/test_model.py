@@ -132,6 +132,18 @@ def test_forked_truncated_and_selected_rows_go_on_like_the_original() -> None:
         forked.truncate(12, row=1)
 
 
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1]])
+def test_rows_selected_in_inference_mode_are_written_outside_of_it(rows: list[int]) -> None:
+    model, point = tiny_model(), HookPoint(1, "resid_pre")
+    with torch.inference_mode():
+        cache = model.new_cache(2, 8)
+        cache.keep(point)
+        model(random_tokens(2, 3), cache=cache)
+        cache.select(rows)
+    model(random_tokens(len(rows), 2), cache=cache)
+    assert cache.lengths == [5] * len(rows)
+
+
 def test_select_moves_the_right_rows() -> None:
     model = tiny_model()
     tokens_BT = random_tokens(4, 9)
