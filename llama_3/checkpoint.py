@@ -25,6 +25,9 @@ from llama_3.model import Transformer
 BLOCK_NUMBERS = 1 << 20
 """Weights moved at a time, 4 MiB in float32: larger temporaries, once freed, leave holes between the parameters."""
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What a model may compute in."""
+
 NAMES = {
     "model.embed_tokens": ("tok_embeddings", "token_embd"),
     "model.norm": ("norm", "output_norm"),
@@ -169,15 +172,13 @@ def load_model(
     """The model at `path` (a folder, or a `.gguf` file), weights frozen; `dtype="auto"` keeps the file's.
 
     `finish(block, layer)` is called as soon as a block's weights are in place, before the next block is read.
-    OSError or ValueError, one sentence each: no folder, no weights, not a Llama, a file cut short, a tensor missing,
-    left over, of the wrong shape or not finite.
+    OSError or ValueError, one sentence each: a dtype that is none of `DTYPES`, no folder, no weights, not a Llama,
+    a file cut short, a tensor missing, left over, of the wrong shape or not finite.
     """
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise config_error(f"there is no dtype {dtype!r}", "use auto, bfloat16, float16 or float32")
+    wanted = weights_dtype(dtype)
     with open_checkpoint(path) as checkpoint:
         checkpoint.check()
-        if isinstance(dtype, str):
-            dtype = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
+        chosen = wanted or checkpoint.dtype
         shapes = tensor_shapes(checkpoint.config)
         with torch.device("meta"):
             model = Transformer(checkpoint.config)
@@ -185,13 +186,21 @@ def load_model(
         for part, names in groupby(sources, lambda name: ".".join(name.split(".")[:2])):
             for name in names:
                 heights = [shapes[source][0] for source in sources[name]]
-                weight = torch.empty((sum(heights), *shapes[sources[name][0]][1:]), dtype=dtype, device=device)
+                weight = torch.empty((sum(heights), *shapes[sources[name][0]][1:]), dtype=chosen, device=device)
                 for source, rows in zip(sources[name], torch.split(weight, heights), strict=True):
                     checkpoint.read(source, rows)
                 _assign(model, name, weight)
             if finish is not None and part.startswith("blocks."):
                 finish(model.get_submodule(part), int(part.removeprefix("blocks.")))
     return model.eval()
+
+
+def weights_dtype(asked: torch.dtype | str) -> torch.dtype | None:
+    """The dtype that is asked for, by name or itself, None for "auto"; ValueError unless it is one of `DTYPES`."""
+    name = str(asked).removeprefix("torch.")
+    if name != "auto" and name not in DTYPES:
+        raise config_error(f"weights are not loaded in '{described(name)}'", f"use auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def stored_dtype(path: Path | str) -> torch.dtype:

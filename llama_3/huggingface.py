@@ -70,7 +70,7 @@ def _refuse_other_models(raw: dict[str, Any], path: Path) -> None:
             raise config_error(f"{path} sets {key}, and Llama models with biases are not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise config_error(f"{path} has hidden_act '{described(raw['hidden_act'])}', and only 'silu' is supported")
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         raise config_error(f"{path} describes quantised weights", "use the folder with the original bf16 weights")
 
 

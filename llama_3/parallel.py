@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_3.checkpoint import Checkpoint, open_checkpoint, parameter_sources, tensor_shapes
+from llama_3.checkpoint import Checkpoint, open_checkpoint, parameter_sources, tensor_shapes, weights_dtype
 from llama_3.config import ModelConfig, config_error
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.linear import Linear
@@ -178,8 +178,7 @@ def load_parallel(
 def _load(path: Path | str, dtype: torch.dtype | str, device: torch.device) -> ParallelTransformer:
     with open_checkpoint(path) as checkpoint:
         checkpoint.check()
-        kind = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return _fill(checkpoint, kind, device).eval()
+        return _fill(checkpoint, weights_dtype(dtype) or checkpoint.dtype, device).eval()
 
 
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ParallelTransformer:

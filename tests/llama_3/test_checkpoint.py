@@ -54,8 +54,21 @@ def test_dtype_is_the_files_unless_asked(tmp_path: Path) -> None:
     assert load_model(tmp_path, torch.float16).unembedding_VD.dtype == torch.float16
     save_file({name: tensor.double() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     assert load_model(tmp_path).dtype == torch.float32
-    with pytest.raises(ValueError, match="no dtype 'int9'"):
-        load_model(tmp_path, "int9")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float64", "float8_e4m3fn", "nn", "", torch.int8, torch.float64])
+def test_a_dtype_that_no_model_computes_in_is_refused(dtype: torch.dtype | str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"^weights are not loaded in '{name}'$") as caught:
+        load_model(tmp_path, dtype)
+    assert vars(caught.value)["hint"] == "use auto, bfloat16, float16, float32"
+
+
+def test_a_config_may_say_that_nothing_is_quantised(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path)
+    edit_config(tmp_path, quantization_config=None)
+    assert read_config(tmp_path) == model.config
 
 
 def test_a_tied_model_may_carry_its_head_and_rope_frequencies(tmp_path: Path) -> None:

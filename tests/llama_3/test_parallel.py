@@ -138,6 +138,7 @@ def work(folder: Path) -> None:
     parallel.main_first(write)
     found["errors"] = {
         "heads": said(lambda: parallel.load_parallel(folder / "one key head")),
+        "dtype": said(lambda: parallel.load_parallel(tied, "int8")),
         "nan": said(lambda: parallel.load_parallel(folder / "nan")),
         "hook": said(lambda: hooked_at(model, HookPoint(1, "attn_z"))),
         "compile": said(model.compile_blocks),
@@ -231,6 +232,7 @@ def test_what_cannot_be_shared_out_is_told_by_every_process(folder: Path, ranks:
             "1 key-value heads cannot be shared out evenly over 2 processes",
             "start it without torchrun",
         ),
+        "dtype": ("weights are not loaded in 'int8'", "use auto, bfloat16, float16, float32"),
         "nan": (nan, "download the file again"),
         "hook": (
             "there is no hook at blocks.1.hook_attn_z in a model shared out over processes: "
