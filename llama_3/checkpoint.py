@@ -150,11 +150,12 @@ class Checkpoint:
 @contextmanager
 def open_checkpoint(path: Path | str) -> Iterator[Checkpoint]:
     """The checkpoint at `path`, open for reading; ValueError or OSError when it is none, or damaged."""
+    header = gguf_file.hold_header(path)
     config, (layout, where) = read_config(path), find_layout(path)
     with ExitStack() as stack:
         weights: Weights
         if layout == "gguf":
-            weights = gguf_file.GGUFWeights(where, stack)
+            weights = gguf_file.GGUFWeights(where, stack, header)
         elif layout == "meta":
             weights = meta.MetaWeights(weight_files(path), config.d_model, stack)
         else:

@@ -12,9 +12,9 @@ import mmap
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -71,14 +71,31 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return dict(read_header(Path(path)).metadata)
 
 
+_HELD: WeakValueDictionary[tuple[Path, int, int], Header] = WeakValueDictionary()
+"""Headers that somebody holds, by file, size and time of change."""
+
+
+def hold_header(path: Path | str) -> Header | None:
+    """The header of the GGUF file that a model path means, None where it means another layout; ValueError when damaged.
+
+    Config, weights, tokenizer and chat format each ask for it, and hundreds of thousands of words take a while to read:
+    whoever loads a model keeps this until all have asked. Then it goes with its words.
+    """
+    file = find_gguf(path)
+    return None if file is None else read_header(file)
+
+
 def read_header(path: Path) -> Header:
     """Metadata and table of tensors; ValueError in one sentence when the file is no whole GGUF file."""
     found = path.stat()
-    return _read_header(path, found.st_size, found.st_mtime_ns)
+    key = path, found.st_size, found.st_mtime_ns
+    header = _HELD.get(key)
+    if header is None:
+        header = _HELD[key] = _read_header(path, found.st_size)
+    return header
 
 
-@lru_cache(maxsize=1)  # config, weights, tokenizer and chat format ask in turns, and the words take a while
-def _read_header(path: Path, size: int, changed_ns: int) -> Header:
+def _read_header(path: Path, size: int) -> Header:
     if size < 24:
         raise damaged(path, "it is shorter than a GGUF header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

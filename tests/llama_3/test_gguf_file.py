@@ -1,6 +1,10 @@
 """GGUF: metadata, quantised tensors against the `gguf` package's own arithmetic, RoPE factors, ids that end a reply."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -8,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_3 import checkpoint
+from llama_3 import checkpoint, gguf_file
 from llama_3.checkpoint import load_model, parameter_sources, state_tensors, stored_dtype
 from llama_3.config import ModelConfig, RopeScaling, read_config
 from llama_3.gguf_file import read_metadata
 from llama_3.model import Rope
+from llama_3.tokenizer import gguf_metadata
 from tests.llama_3.layouts import LLAMA_CPP, finish_gguf, gguf_header, gguf_writer, renamed
 from tests.tiny import tiny_config, tiny_model
 
@@ -70,6 +75,40 @@ def test_eight_bits_are_nearly_the_model(tmp_path: Path) -> None:
     loaded = load_model(tmp_path, "float32")
     assert 0 < (loaded(TOKENS) - model(TOKENS)).abs().max() < 0.1 * model(TOKENS).std()
     assert load_model(tmp_path).dtype == torch.bfloat16
+
+
+def test_a_header_is_read_once_while_it_is_held_and_goes_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tied=False)
+    gguf_writer("F16")(tmp_path, config, state_tensors(tiny_model(0, config)))
+    read: list[Path] = []
+    whole = gguf_file._read_header
+
+    def counted(path: Path, size: int) -> gguf_file.Header:
+        read.append(path)
+        return whole(path, size)
+
+    monkeypatch.setattr(gguf_file, "_read_header", counted)
+    load_model(tmp_path)
+    assert len(read) == 1
+    held = gguf_file.hold_header(tmp_path)
+    assert held is not None and len(read) == 2
+    readers: list[Callable[[Path], Any]] = [read_config, load_model, stored_dtype, gguf_metadata]
+    for ask in readers:
+        ask(tmp_path)
+    assert len(read) == 2
+    words = weakref.ref(held)
+    del held
+    gc.collect()
+    assert words() is None and not gguf_file._HELD
+    assert gguf_file.hold_header(tmp_path / "elsewhere") is None
+
+
+def test_a_held_header_is_read_again_when_the_file_changes(tmp_path: Path) -> None:
+    config = tiny_config(tied=False)
+    gguf_writer("F16")(tmp_path, config, state_tensors(tiny_model(0, config)))
+    held = gguf_file.hold_header(tmp_path)
+    gguf_writer("F32")(tmp_path, config, state_tensors(tiny_model(0, config)))
+    assert held is not gguf_file.hold_header(tmp_path) and stored_dtype(tmp_path) == torch.float32
 
 
 def test_order_of_pairs_is_undone_and_matters() -> None:
