@@ -104,7 +104,6 @@ def capture(
             raise TrainError(f"the model has no {point}", f"its layers are 0 to {model.config.n_layers - 1}")
     context, chat = min(context, model.config.max_context), chat or default_chat(tokenizer)
     made_from = {
-        "d_in": model.config.d_model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "files": [{"name": Path(file).name, "sha256": _hash_of(file)} for file in files],
         "max_tokens": max_tokens,
@@ -114,7 +113,10 @@ def capture(
         "chat_format": chat.name if chat else None,
     } | (provenance or {})
     writers = [
-        _Writer(Path(out) if len(points) == 1 else Path(out) / str(point), {"hook": str(point)} | made_from)
+        _Writer(
+            Path(out) if len(points) == 1 else Path(out) / str(point),
+            {"hook": str(point), "d_in": point.width(model.config)} | made_from,
+        )
         for point in points
     ]
     if not all(writer.done for writer in writers):

@@ -29,6 +29,7 @@ from llama_3.tokenizer import Tokenizer
 from sae.checkpoint import Stats, write_stats
 from sae.model import SAE
 from train.errors import TrainError
+from train.evaluate import hook_point
 from train.text import default_chat, read_rows
 
 Progress = Callable[[int, int | None], None]
@@ -90,7 +91,7 @@ def collect_contexts(
     batch_tokens: int = 4096,
 ) -> Collected:
     """What the latents do on rows of token ids, each with its first token in front. `max_tokens` counts every token."""
-    point = _hook_point(model, sae)
+    point = hook_point(model.config, sae.config)
     store = ExampleStore(sae.config.d_sae, seed=seed)
     specials = torch.tensor(sorted(tokenizer.special_ids), dtype=torch.int64)
     norms: list[Tensor] = []
@@ -172,7 +173,8 @@ def logit_effects(
     """(latent, promoted, suppressed) for every latent: token ids and logits per unit of activation, strongest first.
 
     The logit lens: the decoder direction, times the weight of the final norm, through the unembedding, less its mean
-    over the vocabulary; the norm's division is left out. Special tokens take no part.
+    over the vocabulary; the norm's division is left out. From `attn_z` the way to the residual stream leads through the
+    block's output projection. Special tokens take no part.
     """
     ordinary = [token for token in range(model.config.vocab_size) if token not in tokenizer.special_ids]
     ordinary = [token for token in ordinary if token < tokenizer.vocab_size]
@@ -180,6 +182,9 @@ def logit_effects(
     with torch.inference_mode():
         head_VD = model.unembedding_VD[ids_V.to(model.device)].float() * model.norm.weight.float()
         head_VD = head_VD - head_VD.mean(dim=0)
+        point = HookPoint.parse(sae.config.hook)
+        if point.site == "attn_z":
+            head_VD = head_VD @ model.get_parameter(f"blocks.{point.layer}.attention.out.weight").float()
         for start in range(0, sae.config.d_sae, 256):
             logits_FV = sae.W_dec_FD[start : start + 256].to(head_VD.device).float() @ head_VD.T
             up, down = (logits_FV.topk(min(count, len(ids_V)), largest=largest) for largest in (True, False))
@@ -187,12 +192,6 @@ def logit_effects(
             for row in range(len(logits_FV)):
                 promoted, suppressed = (list(zip(ids[row], values[row], strict=True)) for ids, values in sides)
                 yield start + row, promoted, suppressed
-
-
-def _hook_point(model: Transformer, sae: SAE) -> HookPoint:
-    if sae.config.d_in != model.config.d_model:
-        raise TrainError(f"the SAE reads a width of {sae.config.d_in}, the model has {model.config.d_model}")
-    return HookPoint.parse(sae.config.hook)
 
 
 def _encode(sae: SAE, resid_ND: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -15,13 +15,26 @@ import torch
 from torch import Tensor
 
 from llama_3.chat_format import ChatFormat
+from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
-from sae.model import SAE
+from sae.model import SAE, SAEConfig
 from train.capture import Batch, batches
 from train.errors import TrainError
 from train.text import default_chat, read_rows
+
+
+def hook_point(model: ModelConfig, sae: SAEConfig) -> HookPoint:
+    """Where in the model the SAE stands; `TrainError` where the model has no such layer or another width there."""
+    point = HookPoint.parse(sae.hook)
+    if point.layer >= model.n_layers:
+        raise TrainError(f"the SAE stands at {point} and the model has {model.n_layers} layers, from 0")
+    if sae.d_in != (width := point.width(model)):
+        raise TrainError(
+            f"the SAE reads a width of {sae.d_in} and the model has {width} at {point}", "it is another model's"
+        )
+    return point
 
 
 def evaluate(
@@ -41,12 +54,7 @@ def evaluate(
 
     Raises `TrainError` when the SAE does not fit the model or the text holds nothing to measure.
     """
-    point = HookPoint.parse(sae.config.hook)
-    if sae.config.d_in != model.config.d_model or point.layer >= model.config.n_layers:
-        raise TrainError(
-            f"an SAE of width {sae.config.d_in} at {point} does not fit a model of width {model.config.d_model} "
-            f"with {model.config.n_layers} layers"
-        )
+    point = hook_point(model.config, sae.config)
     tally = _Tally(sae)
     loss_clean = loss_spliced = 0.0
     predicted = 0

@@ -119,13 +119,12 @@ def _chat(subject: Subject) -> str:
 
 
 def _sae(subject: Subject) -> str:
+    from train.evaluate import hook_point
+
     sae = subject.sae
     if sae is None:
         return subject.settings.describe()["sae"]
-    if sae.d_in != subject.config.d_model:
-        raise SteerError(
-            f"the SAE reads a width of {sae.d_in} and the model has {subject.config.d_model}", "it is another model's"
-        )
+    hook_point(subject.config, sae)
     return f"{sae.d_sae:,} latents at {sae.hook}"
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_3.tokenizer import load_tokenizer
+from sae.checkpoint import save_sae
+from sae.model import SAE, SAEConfig
 from steer.cli import main
 from steer.cli.model_checks import PARAGRAPH
 from steer.config import DEMO_MODEL, DEMO_SAE
@@ -108,10 +110,16 @@ def test_a_tokenizer_of_another_model_is_told(doctor: Doctor, tmp_path: Path) ->
     assert "chat" not in checks and checks["fit"]["ok"]
 
 
-def test_the_sae_must_be_one_of_this_model(doctor: Doctor) -> None:
+def test_the_sae_must_be_one_of_this_model(doctor: Doctor, tmp_path: Path) -> None:
     code, checks = doctor("--model", "model", "--sae", str(DEMO_SAE))
-    assert code == 1 and "reads a width of 384 and the model has 32" in checks["sae"]["message"]
+    assert code == 1 and "at blocks.3.hook_resid_post and the model has 2 layers" in checks["sae"]["message"]
     assert "fit" not in checks
+    write_tiny_checkpoint(tmp_path / "model", config=tiny_config(head_dim=16))
+    for width, ok in ((64, True), (32, False)):
+        save_sae(tmp_path / "sae", SAE(SAEConfig(width, 8, k=2, hook="blocks.1.hook_attn_z")))
+        code, checks = doctor("--model", "model", "--sae", "sae")
+        assert checks["sae"]["ok"] == ok
+    assert "reads a width of 32 and the model has 64 at blocks.1.hook_attn_z" in checks["sae"]["message"]
     code, checks = doctor("--sae", "gone")
     assert code == 1 and "there is no SAE folder gone" in checks["sae"]["message"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from llama_3.chat_format import ChatFormat
 from llama_3.hooks import HookPoint
 from sae.model import SAE, SAEConfig
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import byte_tokenizer, tiny_config, tiny_model
 from train.capture import CaptureSummary, capture
 from train.errors import TrainError
 from train.evaluate import evaluate
@@ -137,8 +137,22 @@ def test_a_perfect_sae_costs_nothing_and_an_empty_one_explains_nothing(text: Pat
     nothing = evaluate(model, empty, tokenizer, [text], 300, context=40)
     assert nothing["fvu"] >= 1 and nothing["l0"] == 0 and nothing["dead"] == 1
     assert nothing["ce_clean"] == pytest.approx(found["ce_clean"]) and nothing["delta_ce"] != 0
-    with pytest.raises(TrainError, match="does not fit a model of width 32"):
+    with pytest.raises(TrainError, match="reads a width of 8 and the model has 32"):
         evaluate(model, SAE(SAEConfig(d_in=8, d_sae=8, k=2, hook=HOOK)), tokenizer, [text], 10)
+
+
+def test_a_site_of_another_width_is_captured_and_measured_as_wide_as_it_is(text: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model, hooks = tiny_model(config=tiny_config(head_dim=16)), (HOOK, "blocks.1.hook_attn_z")
+    capture(model, byte_tokenizer(), [text], tmp_path / "a", hooks, 100, context=40)
+    for hook, width in zip(hooks, (32, 64), strict=True):
+        reader = ShardReader(tmp_path / "a" / hook, seed=0)
+        assert reader.manifest["d_in"] == reader.batch(0, 10).shape[1] == width
+    sae = SAE(SAEConfig(d_in=64, d_sae=8, k=2, hook=hooks[1]))
+    assert evaluate(model, sae, byte_tokenizer(), [text], 100, context=40)["delta_ce"] != 0
+    for hook, why in ((hooks[1], "width of 32 and the model has 64 at"), ("blocks.2.hook_mlp_out", "has 2 layers")):
+        with pytest.raises(TrainError, match=why):
+            evaluate(model, SAE(SAEConfig(d_in=32, d_sae=8, k=2, hook=hook)), byte_tokenizer(), [text], 10)
 
 
 @pytest.mark.parametrize("entry", [None, {"rows": 0}, {"bytes": "x"}, {"sha256": None}, {"name": "../x"}])

@@ -176,3 +176,18 @@ def test_what_does_not_fit_is_refused(model, sae, tmp_path):
     with pytest.raises(ValueError, match="width of 16"):
         narrow = SAE(SAEConfig(d_in=16, d_sae=8, k=2, hook=HOOK))
         collect(model, narrow, byte_tokenizer(), [empty], tmp_path / "i.db")
+    with pytest.raises(ValueError, match="the model has 2 layers"):
+        collect_contexts(model, SAE(SAEConfig(32, 8, k=2, hook="blocks.2.hook_resid_post")), byte_tokenizer(), [])
+
+
+def test_latents_of_the_heads_outputs_are_looked_at_through_the_output_projection(text, tmp_path):
+    wide = tiny_model(1, tiny_config(tied=False, head_dim=16))
+    at_heads = SAE(SAEConfig(d_in=64, d_sae=F, k=K, hook="blocks.1.hook_attn_z"))
+    at_heads.W_enc_FD.data = torch.randn(F, 64, generator=torch.Generator().manual_seed(0))
+    at_heads.W_dec_FD.data = at_heads.W_enc_FD.data
+    assert collect(wide, at_heads, byte_tokenizer(), [text], tmp_path / "index.db")["latents"] > 0
+    latent, up, _ = list(logit_effects(wide, at_heads, byte_tokenizer()))[7]
+    written_D = wide.blocks[1].attention.out(at_heads.W_dec_FD[7])
+    logits_V = wide.head(written_D * wide.norm.weight)[:256]
+    assert latent == 7 and up[0][0] == int(logits_V.argmax())
+    assert up[0][1] == pytest.approx(float(logits_V.max() - logits_V.mean()), rel=1e-4)
