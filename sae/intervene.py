@@ -28,7 +28,7 @@ from sae.model import SAE, Latents
 
 
 class SpanLike(Protocol):
-    """What a steerer asks of the model's span: which tokens of which rows these are, and where each prompt ends."""
+    """What a steerer asks of the model's span: which tokens of which rows these are, and which are generated."""
 
     @property
     def positions_BT(self) -> Tensor: ...
@@ -37,7 +37,7 @@ class SpanLike(Protocol):
     @property
     def rows(self) -> Sequence[int]: ...
     @property
-    def prompt_lengths_B(self) -> Tensor: ...
+    def generated_BT(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class Steerer:
             pick = slice(None) if whole else torch.tensor(places, device=x_BTD.device)
             f = Latents(latents.indices[pick], latents.values[pick])
             allowed_RT = (real_BT if compiled.special_tokens else readable_BT)[pick]
-            generated_RT = (positions_BT >= span.prompt_lengths_B[:, None] - 1)[pick]
+            generated_RT = span.generated_BT[pick]
             x_RTD = x_BTD[pick]
             pre_RTF = pre_BTF[pick] if pre_BTF is not None else None
             delta_RTD, acting_ERT, lost_ERT = self._deltas(compiled, f, pre_RTF, allowed_RT, generated_RT)

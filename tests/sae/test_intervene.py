@@ -18,7 +18,11 @@ class Place:
     positions_BT: torch.Tensor
     tokens_BT: torch.Tensor
     rows: tuple[int, ...]
-    prompt_lengths_B: torch.Tensor
+    prompt: int
+
+    @property
+    def generated_BT(self) -> torch.Tensor:
+        return self.positions_BT >= self.prompt - 1
 
 
 def make_sae(seed: int = 0) -> SAE:
@@ -34,7 +38,7 @@ def make_sae(seed: int = 0) -> SAE:
 def place(rows: int, tokens: int, prompt: int = 3, rows_named: tuple[int, ...] | None = None) -> Place:
     positions = torch.arange(tokens).repeat(rows, 1)
     ids = torch.arange(rows * tokens).view(rows, tokens) % 80
-    return Place(positions, ids, rows_named or tuple(range(rows)), torch.full((rows,), prompt))
+    return Place(positions, ids, rows_named or tuple(range(rows)), prompt)
 
 
 def encode64(sae: SAE, x: list[float], push: tuple[int, float] | None = None) -> list[float]:
