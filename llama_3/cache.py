@@ -94,12 +94,6 @@ class KVCache:
         """Where keys and values lie."""
         return self._keys.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        kept = 0 if self._resid_BSD is None else self._resid_BSD.nbytes
-        return self._keys.nbytes + self._values.nbytes + kept
-
     def truncate(self, length: int, row: int | None = None) -> None:
         """Forget everything from position `length` on, in one row or in all."""
         assert length >= 0

@@ -4,10 +4,9 @@ The loader speaks Hugging Face's names; the table of the other names lives here,
 Meta and llama.cpp rotate neighbours (2i, 2i+1), Hugging Face and `model.py` halves (i, i + N/2): rows of heads move.
 Each parameter is allocated once, in its final dtype on its device, and filled in blocks of rows, so that loading takes
 little more memory than the model. Every shape is compared with the config first, every number found finite.
-Suffixes: N head dim, H heads, D d_model.
+Suffixes: Q rows of whole heads (heads * head dim), D d_model.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -60,16 +59,10 @@ def name_in(layout: Layout, name: str) -> str:
     return f"{prefix}.{layer}.{NAMES[part][column]}.weight"
 
 
-def pairs_to_halves(w_HND: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads (H*N, D), stored for rotating pairs, in the order for rotating halves."""
-    heads = w_HND.view(-1, head_dim // 2, 2, w_HND.shape[-1])
-    return heads.transpose(1, 2).reshape(w_HND.shape)
-
-
-def halves_to_pairs(w_HND: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `pairs_to_halves`."""
-    heads = w_HND.view(-1, 2, head_dim // 2, w_HND.shape[-1])
-    return heads.transpose(1, 2).reshape(w_HND.shape)
+def pairs_to_halves(w_QD: Tensor, head_dim: int) -> Tensor:
+    """Rows of whole heads, stored for rotating pairs, in the order for rotating halves."""
+    heads = w_QD.view(-1, head_dim // 2, 2, w_QD.shape[-1])
+    return heads.transpose(1, 2).reshape(w_QD.shape)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -266,17 +259,6 @@ def weight_files(path: Path | str) -> list[Path]:
     if layout == "meta":
         return meta.weight_files(where)
     return huggingface.weight_files(where, "model.safetensors" if layout == "safetensors" else "pytorch_model.bin")
-
-
-def fingerprint(folder: Path | str) -> str:
-    """sha256 (hex) over names and contents of the weight files: what a manifest says it was made with."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _named(names: list[str]) -> str:

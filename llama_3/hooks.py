@@ -125,9 +125,6 @@ class Hooks:
         """Points with hooks, in the order in which a forward pass meets them."""
         return tuple(sorted(self._hooks, key=lambda point: (point.layer, SITES.index(point.site))))
 
-    def __getitem__(self, point: HookPoint) -> tuple[Hook, ...]:
-        return tuple(self._hooks.get(point, ()))
-
     def __iter__(self) -> Iterator[HookPoint]:
         return iter(self.points())
 

@@ -18,7 +18,7 @@ from llama_3.config import ModelConfig, RopeScaling, read_config
 from llama_3.gguf_file import read_metadata
 from llama_3.model import Rope
 from llama_3.tokenizer import gguf_metadata
-from tests.llama_3.layouts import LLAMA_CPP, finish_gguf, gguf_header, gguf_writer, renamed
+from tests.llama_3.layouts import LLAMA_CPP, finish_gguf, gguf_header, gguf_writer, paired, renamed
 from tests.tiny import tiny_config, tiny_model
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 3, 4]])
@@ -112,10 +112,10 @@ def test_a_held_header_is_read_again_when_the_file_changes(tmp_path: Path) -> No
 
 
 def test_order_of_pairs_is_undone_and_matters() -> None:
-    w_HND = torch.arange(16.0)[:, None].expand(16, 3)
-    halves = checkpoint.pairs_to_halves(w_HND, 8)
-    assert halves[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert torch.equal(checkpoint.halves_to_pairs(halves, 8), w_HND)
+    w_QD = torch.arange(16.0)[:, None].expand(16, 3)
+    halves_QD = checkpoint.pairs_to_halves(w_QD, 8)
+    assert halves_QD[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert torch.equal(paired("q_proj", halves_QD, tiny_config(head_dim=8)), w_QD)
 
 
 def test_metadata_are_plain_values(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_3 import checkpoint, meta, tensor_files
-from llama_3.checkpoint import fingerprint, load_model, parameter_count, state_tensors, stored_dtype, weight_files
+from llama_3.checkpoint import load_model, parameter_count, state_tensors, stored_dtype, weight_files
 from llama_3.config import (
     GenerationDefaults,
     ModelConfig,
@@ -177,7 +177,6 @@ def test_what_is_known_of_every_layout_before_it_is_loaded(layout: str, tmp_path
     assert parameter_count(config) == sum(tensor.numel() for tensor in state.values())
     assert (config.rope_scaling, config.rope_factors, config.tied) == (SMALL.rope_scaling, None, False)
     assert read_generation_defaults(tmp_path / "model") == GenerationDefaults()
-    assert len(fingerprint(tmp_path / "model")) == 64
     assert sum(file.stat().st_size for file in weight_files(tmp_path / "model")) > 2 * parameter_count(config)
 
 

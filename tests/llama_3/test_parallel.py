@@ -123,7 +123,7 @@ def work(folder: Path) -> None:
     model = parallel.load_parallel(tied, "bfloat16")
     found["bfloat16"] = model(torch.tensor(PROMPTS[:1]))
     found["share"] = [part.weight.shape for part in model.blocks[1].modules() if isinstance(part, Linear)]
-    found["cache"] = model.new_cache(1, 8).nbytes
+    found["cache"] = model.new_cache(1, 8).layers[1].keys.nbytes
     found["events"] = stream(folder)
 
     def full() -> None:
@@ -205,7 +205,7 @@ def test_half_precision_and_shares(folder: Path, ranks: list[dict[str, Any]]) ->
         torch.testing.assert_close(found["bfloat16"], expected, rtol=0, atol=0.15)
         assert torch.equal(found["bfloat16"], ranks[0]["bfloat16"])
         assert found["share"] == [(32, 32), (32, 16), (64, 32), (32, 32)]  # of (64, 32), (32, 32), (128, 32), (32, 64)
-        assert found["cache"] * 2 == whole.new_cache(1, 8).nbytes
+        assert found["cache"] * 2 == whole.new_cache(1, 8).layers[1].keys.nbytes
 
 
 def test_an_engine_steers_and_reads_as_in_one_process(folder: Path, ranks: list[dict[str, Any]]) -> None:
