@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from tests.llama_3.layouts import (
 )
 from tests.tiny import tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = tiny_config(tied=False)
 STATE = state_tensors(tiny_model(0, CONFIG))
 LAYOUTS: dict[str, Writer] = {
@@ -38,15 +40,6 @@ LAYOUTS: dict[str, Writer] = {
     "meta": meta_writer(2),
     "gguf": gguf_writer("F32"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from more, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def refused(path: Path) -> str:

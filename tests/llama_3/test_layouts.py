@@ -3,7 +3,6 @@
 Weights are rounded to float16 before anything is written, so that every layout can hold them exactly.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +35,8 @@ from tests.llama_3.layouts import (
 )
 from tests.tiny import hf_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW_TOKENS = 64
 
 
@@ -55,15 +56,6 @@ VARIANTS: dict[str, tuple[ModelConfig, tuple[int, ...], bool]] = {
     "llama 3.1": (variant(**LLAMA_3, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)), (1, 2, 8), False),
     "llama 3.2": (variant(**SMALL_LLAMA_3, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192)), (1, 2), False),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from more, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rounded_model(config: ModelConfig) -> Transformer:
