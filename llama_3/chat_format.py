@@ -4,9 +4,12 @@ The format is that of the checkpoint's own template, told by what the template s
 never run. Contents are encoded as plain text, so a `<|eot_id|>` typed by a user ends nothing.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from datetime import date as day
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -35,6 +38,7 @@ _NAMES = ", ".join(FORMATS)
 _DATED = ("llama-3.1", "llama-3.2")
 _FIXED_DATE = "26 Jul 2024"
 """What Llama 3.1's template shows when it is given no date."""
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class MessageSpan:
 
 
 class ChatFormat:
-    """Encodes dialogs with one tokenizer; `note` tells a user which format this is and why."""
+    """Encodes dialogs with one tokenizer; `note` tells a user which format this is and why.
+
+    `date` is what its system block shows, None where it shows none; `of_today`, whether that is the clock's.
+    """
 
     def __init__(
         self,
@@ -75,15 +82,24 @@ class ChatFormat:
                 f"chat format {name} needs the special token {lacking[0]}, which this model's vocabulary lacks",
                 f"choose another of {_NAMES}",
             )
-        own = template or Recognised(name)
+        own, self.of_today = template or Recognised(name), False
         if name in _DATED:
-            date = date or own.date or (_FIXED_DATE if name == "llama-3.1" else day.today().strftime("%d %b %Y"))
+            self.of_today = not (date or own.date) and name == "llama-3.2"
+            date = date or own.date or (_today() if self.of_today else _FIXED_DATE)
         elif date is not None:
             raise config_error(f"chat format {name} shows no date, so {date!r} cannot be shown", "leave the date out")
-        self.tokenizer, self.name = tokenizer, name
+        self.tokenizer, self.name, self.date = tokenizer, name, date
         self.note = "".join([name, why and f", {why}", f"; its system block gives the date as {date}" if date else ""])
         self._style = Style(tokenizer, date, own.system, own.bos, own.trim)
         self._spell = FORMATS[name]
+
+    def on(self, date: str) -> ChatFormat:
+        """The same format with another date; only for one that shows a date."""
+        assert self.date, f"chat format {self.name} shows no date"
+        other = copy(self)
+        other.date, other.of_today, other._style = date, False, replace(self._style, date=date)
+        other.note = self.note.removesuffix(self.date) + date
+        return other
 
     def encode_dialog(
         self, messages: Sequence[Message], *, generation_prompt: bool = True
@@ -214,6 +230,12 @@ def _choose(path: Path, tokenizer: Tokenizer, template: str | None, found: Recog
     if _has(tokenizer, "<s>") and any((folder / "params.json").exists() for folder in model_folders(path)):
         return "llama-2", "since the folder is one of Meta's with Llama 2's vocabulary"
     return "plain", f"since the checkpoint has no template (--chat-format: {_NAMES})"
+
+
+def _today() -> str:
+    """The day as templates write it, `26 Jul 2024`: in English, whatever the locale says."""
+    today = day.today()
+    return f"{today.day:02d} {_MONTHS[today.month - 1]} {today.year}"
 
 
 def _has(tokenizer: Tokenizer, special: str) -> bool:

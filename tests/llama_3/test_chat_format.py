@@ -6,8 +6,10 @@ The templates are written here from what is known about the published ones; the 
 import datetime
 import json
 import shutil
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,7 +17,8 @@ import pytest
 
 from llama_3.chat_format import FORMATS, ChatFormat, Message, load_chat_format, read_chat_template
 from llama_3.chat_styles import recognise
-from llama_3.tokenizer import Tokenizer, load_tokenizer, special_names
+from llama_3.tokenizer import Tokenizer, load_tokenizer
+from llama_3.vocabulary import special_names
 from tests.llama_3 import vocabularies
 from tests.tiny import byte_ranks, byte_tokenizer
 
@@ -153,6 +156,26 @@ def test_the_date_can_be_given_and_is_told(name: str, folders: dict[str, Path]) 
     assert load_chat_format(folder, tokenizer, "llama-3.1").encode_dialog(dialog)[0] == rendered(
         theirs, dialog, True, date_string="26 Jul 2024"
     )
+
+
+def test_the_day_is_written_in_english_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Day(datetime.date):
+        def strftime(self, format: str) -> str:
+            return "07 mai 2031"
+
+    for month, name in ((1, "Jan"), (5, "May"), (10, "Oct"), (12, "Dec")):
+        monkeypatch.setattr("llama_3.chat_format.day", SimpleNamespace(today=partial(Day, 2031, month, 7)))
+        assert ChatFormat(byte_tokenizer(), "llama-3.2").date == f"07 {name} 2031"
+
+
+def test_a_format_can_stay_on_the_day_it_began(folders: dict[str, Path]) -> None:
+    tokenizer, dialog = load_tokenizer(folders["llama-3.2"]), [Message("user", "Hi")]
+    chat = load_chat_format(folders["llama-3.2"], tokenizer)
+    then = load_chat_format(folders["llama-3.2"], tokenizer, date="01 Jan 2031")
+    kept = chat.on("01 Jan 2031")
+    assert kept.encode_dialog(dialog) == then.encode_dialog(dialog) != chat.encode_dialog(dialog)
+    assert (kept.note, kept.date, kept.of_today) == (then.note, then.date, then.of_today)
+    assert chat.of_today and not load_chat_format(folders["llama-3.1"], tokenizer).of_today
 
 
 def test_llama_2_turns_are_those_of_metas_code(tmp_path: Path) -> None:
