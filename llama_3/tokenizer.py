@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_3.config import config_error, missing_file, read_json
-from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, read_ranks
+from llama_3.tokenizer_tiktoken import TiktokenTokenizer, read_ranks
 from llama_3.vocabulary import N_SPECIALS, read_added_tokens, read_ends, special_names
-
-__all__ = ["SPLIT_PATTERN", "StreamDecoder", "TiktokenTokenizer", "Tokenizer", "load_tokenizer", "special_names"]
 
 
 class Tokenizer(Protocol):

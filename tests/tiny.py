@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from llama_3.checkpoint import state_tensors
 from llama_3.config import ModelConfig
 from llama_3.model import Transformer
-from llama_3.tokenizer import TiktokenTokenizer, special_names
+from llama_3.tokenizer_tiktoken import TiktokenTokenizer
+from llama_3.vocabulary import special_names
 
 N_SPECIALS = 16
 

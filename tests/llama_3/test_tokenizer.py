@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from llama_3.tokenizer import StreamDecoder, load_tokenizer, special_names
+from llama_3.tokenizer import StreamDecoder, load_tokenizer
 from llama_3.tokenizer_json import JsonTokenizer
 from llama_3.tokenizer_sentencepiece import SentencePieceTokenizer
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer
+from llama_3.vocabulary import special_names
 from tests.llama_3 import vocabularies
 from tests.tiny import byte_ranks, byte_tokenizer, write_tiny_checkpoint
 

@@ -8,11 +8,12 @@ import pytest
 import tiktoken
 from tokenizers import pre_tokenizers
 
-from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, special_names
+from llama_3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_3.tokenizer_gguf import read_gguf_vocabulary
 from llama_3.tokenizer_json import JsonTokenizer
 from llama_3.tokenizer_sentencepiece import BYTE, CONTROL, UNKNOWN, SentencePieceTokenizer
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer
+from llama_3.vocabulary import special_names
 from tests.llama_3 import vocabularies
 from tests.llama_3.vocabularies import gguf_lists
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_base import generate_merges
 
-from llama_3.tokenizer import SPLIT_PATTERN, special_names
-from llama_3.vocabulary import byte_letters
+from llama_3.tokenizer_tiktoken import SPLIT_PATTERN
+from llama_3.vocabulary import byte_letters, special_names
 
 EMOJI = ["🦙", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "👍🏽", "🇩🇪", "❤️", "1️⃣"]
 SPACES = [" ", "  ", "\t", "\n", "\n\n", "\r\n", "\r", "\x0b", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000", "\u200b"]

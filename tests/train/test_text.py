@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_3.chat_format import ChatFormat, Message
-from llama_3.tokenizer import TiktokenTokenizer
+from llama_3.tokenizer_tiktoken import TiktokenTokenizer
 from tests.tiny import byte_ranks, byte_tokenizer
 from train.errors import TrainError
 from train.text import default_chat, interleave, read_documents, read_rows
