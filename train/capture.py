@@ -92,7 +92,8 @@ def capture(
 ) -> CaptureSummary:
     """Captures up to `max_tokens` rows at each hook into `out` (one hook) or `out/HOOK` (several).
 
-    Dialogs are written in `chat`, by default as in Llama 3. `provenance` (hashes of the model, say) goes into the
+    Dialogs are written in `chat`, by default as in Llama 3; one that shows the day goes on with that on which the
+    capture began. `provenance` (hashes of the model, say) goes into the
     manifests. `on_progress(tokens, max_tokens)` is called after each shard. Raises `TrainError` if `out` holds a
     capture of something else, or the text holds no captured token.
     """
@@ -102,7 +103,8 @@ def capture(
     for point in points:
         if point.layer >= model.config.n_layers:
             raise TrainError(f"the model has no {point}", f"its layers are 0 to {model.config.n_layers - 1}")
-    context, chat = min(context, model.config.max_context), chat or default_chat(tokenizer)
+    folders = [Path(out) if len(points) == 1 else Path(out) / str(point) for point in points]
+    context, chat = min(context, model.config.max_context), _on_its_day(chat or default_chat(tokenizer), folders[0])
     made_from = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "files": [{"name": Path(file).name, "sha256": _hash_of(file)} for file in files],
@@ -110,14 +112,11 @@ def capture(
         "context": context,
         "batch_tokens": batch_tokens,
         "shard_bytes": shard_bytes,
-        "chat_format": chat.name if chat else None,
+        "chat_format": chat and _name_of(chat),
     } | (provenance or {})
     writers = [
-        _Writer(
-            Path(out) if len(points) == 1 else Path(out) / str(point),
-            {"hook": str(point), "d_in": point.width(model.config)} | made_from,
-        )
-        for point in points
+        _Writer(folder, {"hook": str(point), "d_in": point.width(model.config)} | made_from)
+        for folder, point in zip(folders, points, strict=True)
     ]
     if not all(writer.done for writer in writers):
         rows = read_rows(files, tokenizer, chat, context)
@@ -238,6 +237,18 @@ def _residuals(model: Transformer, batch: Batch, points: list[HookPoint]) -> lis
         tokens_BT = batch.tokens_BT.to(model.device)
         last_BTD = model(tokens_BT, lengths_B=batch.lengths, hooks=hooks, stop_after=points[-1])
     return [seen[point] for point in points[:-1]] + [last_BTD]
+
+
+def _name_of(chat: ChatFormat) -> str:
+    return chat.name + (f" of {chat.date}" if chat.date else "")
+
+
+def _on_its_day(chat: ChatFormat | None, folder: Path) -> ChatFormat | None:
+    """A format that shows the clock's date goes on with that on which the capture in `folder` began."""
+    if chat is None or not chat.of_today or not (folder / "manifest.json").exists():
+        return chat
+    name, _, date = str(read_manifest(folder).get("chat_format")).partition(" of ")
+    return chat.on(date) if name == chat.name and date else chat
 
 
 def _take_tokens(rows: Iterator[Row], tokens: int) -> Iterator[Row]:

@@ -82,6 +82,26 @@ def test_dialogs_in_another_chat_format_are_another_capture(tmp_path: Path) -> N
     assert run(file, tmp_path / "b", 50).tokens == 50
 
 
+def test_a_capture_goes_on_another_day_with_the_date_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join([json.dumps({"messages": [{"role": "user", "content": "the cat sat"}]})] * 9))
+
+    def on(day: int) -> dict[str, bytes]:
+        monkeypatch.setattr("llama_3.chat_format._today", lambda: f"0{day} May 2031")
+        run(file, tmp_path / "a", 500, chat=ChatFormat(byte_tokenizer(), "llama-3.2"))
+        return contents(tmp_path / "a")
+
+    whole = on(1)
+    assert read_manifest(tmp_path / "a")["chat_format"] == "llama-3.2 of 01 May 2031"
+    damaged = tmp_path / "a" / "000001.safetensors"
+    damaged.write_bytes(b"")
+    assert on(2) == whole
+    with pytest.raises(TrainError, match=r"'llama-3\.2 of 01 May 2031', not 'llama-3\.2 of 02 May 2031'"):
+        run(file, tmp_path / "a", 500, chat=ChatFormat(byte_tokenizer(), "llama-3.2", date="02 May 2031"))
+
+
 def test_a_finished_capture_has_nothing_left_to_do(text: Path, tmp_path: Path) -> None:
     first = run(text, tmp_path / "a")
     before = contents(tmp_path / "a")
