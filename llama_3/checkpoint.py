@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_3 import gguf_file, huggingface, meta
-from llama_3.config import Layout, ModelConfig, config_error, described, find_layout, read_config
+from llama_3.config import Layout, ModelConfig, described, find_layout, read_config
+from llama_3.errors import config_error
 from llama_3.model import Transformer
 
 BLOCK_NUMBERS = 1 << 20

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_3.errors import config_error as config_error  # also for those who import it from here
+from llama_3.errors import explained
+
 Layout = Literal["safetensors", "bin", "meta", "gguf"]
 
 MOST_LAYERS = 10_000
@@ -89,20 +92,6 @@ class GenerationDefaults:
     top_p: float = 0.95
 
 
-def config_error(sentence: str, hint: str | None = None) -> ValueError:
-    """The error for a model folder that cannot be used; `hint` names the next step."""
-    error = ValueError(sentence)
-    error.hint = hint  # type: ignore[attr-defined]  # exceptions carry our hint as a plain attribute
-    return error
-
-
-def missing_file(sentence: str, hint: str) -> FileNotFoundError:
-    """The error for a file or folder that is not there."""
-    error = FileNotFoundError(sentence)
-    error.hint = hint  # type: ignore[attr-defined]  # as above
-    return error
-
-
 def find_layout(path: Path | str) -> tuple[Layout, Path]:
     """Which layout the weights at `path` have, and the folder (GGUF: the file) they lie in.
 
@@ -114,7 +103,9 @@ def find_layout(path: Path | str) -> tuple[Layout, Path]:
             raise config_error(f"{path} is a file and no .gguf", "pass the folder that holds it")
         return "gguf", path
     if not path.is_dir():
-        raise missing_file(f"there is no model folder {path}", "pass a folder with weights in it, or a .gguf file")
+        raise explained(
+            FileNotFoundError, f"there is no model folder {path}", "pass a folder with weights in it, or a .gguf file"
+        )
     for layout, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
         if any((path / file).exists() for file in (f"{name}.index.json", name)):
             return layout, path  # type: ignore[return-value]  # mypy widens the literals of the tuple
@@ -129,7 +120,8 @@ def find_layout(path: Path | str) -> tuple[Layout, Path]:
         raise config_error(f"{path} holds {len(files)} .gguf files, {files[0].name} and others", parts)
     if files:
         return "gguf", files[0]
-    raise missing_file(
+    raise explained(
+        FileNotFoundError,
         f"there is no model.safetensors in {path}, nor pytorch_model.bin, consolidated.00.pth or a .gguf file",
         "download the model's weights completely",
     )

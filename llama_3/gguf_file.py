@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_3.config import ModelConfig, RopeScaling, config_error, described, describing_a_llama, find_layout
+from llama_3.config import ModelConfig, RopeScaling, described, describing_a_llama, find_layout
+from llama_3.errors import config_error
 from llama_3.meta import special_ids
 from llama_3.tensor_files import RawFile, damaged
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from torch import Tensor
 
 from llama_3.config import ModelConfig
+from llama_3.errors import explained
 
 SITES = ("resid_pre", "attn_norm", "attn_z", "attn_out", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
 """In the order in which a block passes them. `attn_norm` and `mlp_norm` are what attention and feed-forward read: the
@@ -68,9 +69,8 @@ class HookPoint:
 
 
 def _point_error(what: str) -> ValueError:
-    error = ValueError(f"{what} is not a hook point")
-    error.hint = f"write blocks.LAYER.hook_SITE with SITE one of {', '.join(SITES)}"  # type: ignore[attr-defined]
-    return error
+    hint = f"write blocks.LAYER.hook_SITE with SITE one of {', '.join(SITES)}"
+    return explained(ValueError, f"{what} is not a hook point", hint)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_3.config import (
-    ModelConfig,
-    RopeScaling,
-    config_error,
-    described,
-    describing_a_llama,
-    missing_file,
-    read_json,
-    token_ids,
-)
+from llama_3.config import ModelConfig, RopeScaling, described, describing_a_llama, read_json, token_ids
+from llama_3.errors import config_error, explained
 from llama_3.tensor_files import PickleFile, SafetensorsFile
 
 
@@ -29,7 +21,9 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = read_json(path)
     if raw is None:
-        raise missing_file(f"there is no config.json in {folder}", "download the model's config.json as well")
+        raise explained(
+            FileNotFoundError, f"there is no config.json in {folder}", "download the model's config.json as well"
+        )
     _refuse_other_models(raw, path)
     with describing_a_llama(path):
         return _model_config(raw, path)
@@ -100,8 +94,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         files = [folder / Path(name).name for name in sorted(set(map(str, shards.values())))]
     for path in files:
         if not path.is_file():
-            raise missing_file(
-                f"there is no {described(path.name)} in {folder}", "download the model's weights completely"
+            raise explained(
+                FileNotFoundError,
+                f"there is no {described(path.name)} in {folder}",
+                "download the model's weights completely",
             )
     return files
 

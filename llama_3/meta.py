@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_3.config import ModelConfig, RopeScaling, config_error, describing_a_llama, missing_file, read_json
+from llama_3.config import ModelConfig, RopeScaling, describing_a_llama, read_json
+from llama_3.errors import config_error, explained
 from llama_3.tensor_files import PickleFile
 
 LLAMA_3_VOCABULARY = 128_256
@@ -27,7 +28,9 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "params.json"
     raw = read_json(path)
     if raw is None:
-        raise missing_file(f"there is no params.json in {folder}", "download it from where the .pth files came from")
+        raise explained(
+            FileNotFoundError, f"there is no params.json in {folder}", "download it from where the .pth files came from"
+        )
     with describing_a_llama(path), ExitStack() as stack:
         raw = {**raw, **raw.get("model", {})}
         weights = MetaWeights(weight_files(folder), int(raw["dim"]), stack)
@@ -81,8 +84,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _missing_shard(folder: Path, number: int) -> FileNotFoundError:
-    return missing_file(
-        f"there is no consolidated.{number:02}.pth in {folder}", "download the model's .pth files completely"
+    return explained(
+        FileNotFoundError,
+        f"there is no consolidated.{number:02}.pth in {folder}",
+        "download the model's .pth files completely",
     )
 
 

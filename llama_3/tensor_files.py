@@ -19,7 +19,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from llama_3.config import config_error, described
+from llama_3.config import described
+from llama_3.errors import config_error
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

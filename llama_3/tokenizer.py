@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama_3.config import config_error, missing_file, read_json
+from llama_3.config import read_json
+from llama_3.errors import config_error, explained
 from llama_3.tokenizer_tiktoken import TiktokenTokenizer, read_ranks
 from llama_3.vocabulary import N_SPECIALS, read_added_tokens, read_ends, special_names
 
@@ -102,7 +103,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
         return read_gguf_vocabulary(metadata, str(path))
     hint = "copy tokenizer.model (in Meta's download: original/tokenizer.model) into the folder"
-    raise missing_file(f"there is no tokenizer.model or tokenizer.json in {path}", hint)
+    raise explained(FileNotFoundError, f"there is no tokenizer.model or tokenizer.json in {path}", hint)
 
 
 def model_folders(path: Path) -> list[Path]:

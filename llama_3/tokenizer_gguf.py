@@ -7,7 +7,7 @@ byte-level one cuts words (names: llama.cpp, llama-vocab.cpp). Only cuts that ar
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_3.config import config_error
+from llama_3.errors import config_error
 from llama_3.tokenizer_json import JsonTokenizer
 from llama_3.tokenizer_sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceTokenizer, model_proto
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, complete

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from llama_3.config import config_error, described
+from llama_3.config import described
+from llama_3.errors import config_error
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer, complete
 from llama_3.vocabulary import Prefix, SpecialTokens, Vocabulary, byte_letters
 

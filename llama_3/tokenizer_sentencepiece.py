@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
 
-from llama_3.config import config_error
+from llama_3.errors import config_error
 from llama_3.vocabulary import SpecialTokens, Vocabulary
 
 _SPACE = "\u2581"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from llama_3.config import config_error
+from llama_3.errors import config_error
 from llama_3.vocabulary import SpecialTokens, Vocabulary
 
 SPLIT_PATTERN = (

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_3.config import config_error, read_json
+from llama_3.config import read_json
+from llama_3.errors import config_error
 
 N_SPECIALS = 256
 """Special tokens of a full Llama 3 vocabulary."""
