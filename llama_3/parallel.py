@@ -30,18 +30,10 @@ from llama_3.config import ModelConfig, config_error
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.linear import Linear
 from llama_3.model import Transformer
+from llama_3.ranks import is_main as is_main
+from llama_3.ranks import world as world
 
 T = TypeVar("T")
-
-
-def world() -> int:
-    """How many processes share the model: torchrun's number, 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def is_main() -> bool:
-    """Whether this process is the one that speaks."""
-    return world() == 1 or os.environ["RANK"] == "0"
 
 
 def join() -> None:

@@ -18,8 +18,9 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import typer
 
+from llama_3.ranks import is_main, world
 from steer.cli import capture, chat, complete, doctor, features, inspect, label, train
-from steer.cli.options import app, is_heard, narrate, processes
+from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
@@ -33,7 +34,7 @@ SHARED = ("complete", "inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if is_heard():
+    if is_main():
         return _main(arguments)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         return _main(arguments)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     try:
-        if processes() > 1:
+        if world() > 1:
             _check_shared(arguments)
         code = app(list(arguments), prog_name="steer", standalone_mode=False)
         sys.stdout.flush()
@@ -72,7 +73,7 @@ def _main(arguments: Sequence[str]) -> int:
         # Torch says that memory ran out by a RuntimeError, in words that differ from device to device.
         # A process that is not heard crashes instead: its memory may be short where that of the first is not.
         known = isinstance(error, MemoryError) or "memory" in str(error)
-        if not known or "--debug" in arguments or not is_heard():
+        if not known or "--debug" in arguments or not is_main():
             raise
         why = str(error).partition("\n")[0] or "no more could be had"
         hint = "a smaller model, SAE or batch, fewer tokens, `--dtype bfloat16` or `--quantize int8` needs less"
@@ -85,6 +86,6 @@ def _check_shared(arguments: Sequence[str]) -> None:
     name = next((argument for argument in arguments if not argument.startswith("-")), "chat")
     if name not in SHARED and not {"--help", "--version"}.intersection(arguments):
         raise SteerError(
-            f"`steer {name}` is for one process, and torchrun started {processes()}",
+            f"`steer {name}` is for one process, and torchrun started {world()}",
             "several share a model in `steer complete` and `steer inspect`",
         )

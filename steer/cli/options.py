@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
 
+from llama_3.ranks import is_main, world
 from steer import __version__
 from steer.config import Settings, read_biases
 from steer.edits import GRAMMAR, Edit, SteeringSet
@@ -115,27 +115,17 @@ def given_text(text: str | None, what: str) -> str:
     if text is None or text == "-":
         if sys.stdin.isatty() and text is None:
             raise typer.BadParameter(f"give {what}, or pipe it in")
-        text = _read_once() if processes() > 1 else sys.stdin.read()
+        text = _read_once() if world() > 1 else sys.stdin.read()
     if not text.strip():
         raise SteerError(f"there is no {what}: the input is empty")
     return text
-
-
-def processes() -> int:
-    """How many processes torchrun started to share a model; 1 without it. Variables of others' making do not count."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def is_heard() -> bool:
-    """Whether this process may write to stdout and stderr: of several, one speaks for all."""
-    return processes() == 1 or os.environ["RANK"] == "0"
 
 
 def _read_once() -> str:
     """All of the one stdin that torchrun's processes have together."""
     from llama_3.parallel import agree
 
-    return agree([sys.stdin.read() if is_heard() else ""])[0]
+    return agree([sys.stdin.read() if is_main() else ""])[0]
 
 
 def put(entry: dict[str, Any]) -> None:
