@@ -17,7 +17,12 @@ import torch
 
 from llama_3.checkpoint import parameter_count, stored_dtype
 from llama_3.config import ModelConfig
+from llama_3.generate import PREFILL_CHUNK
 from llama_3.hub import model_name
+from llama_3.ranks import world
+from sae.model import LARGE, SAEConfig
+from sae.screen import MARGIN
+from sae.screen import available as screening_available
 from steer.errors import SteerError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +32,6 @@ SMALL = 100_000_000
 """Parameters up to which a CPU computes faster than it reads: there float32 wins over halving what is read."""
 CONTEXT = 8192
 """Tokens of the cache that are counted where a model could hold more."""
-CHUNK = 512
-"""Tokens read at once, for the estimate of temporary tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,6 @@ def check_fit(
     placement: Placement,
     quantize: str | None = None,
     sae_bytes: int = 0,
-    context: int | None = None,
     kept_layers: int = 0,
 ) -> Fit:
     """What the model at `path` will take, before it is loaded; `kept_layers` of its blocks are not quantised.
@@ -111,14 +113,14 @@ def check_fit(
     stored = stored_dtype(path) if placement.dtype == "auto" else placement.dtype
 
     def fit_of(device: str, dtype: torch.dtype, scheme: str | None) -> Fit:
-        parts = estimate(config, dtype, scheme, context, kept_layers) | {"SAE": sae_bytes}
+        parts = estimate(config, dtype, scheme, kept_layers) | {"SAE": sae_bytes}
         return Fit(parts, available_memory(device))
 
     fit = fit_of(placement.device, stored, quantize)
     if fit.fits or fit.available is None:
         return fit
     hint = "choose a smaller model"
-    if placement.device.startswith("cuda") and (cards := torch.cuda.device_count()) > 1:
+    if placement.device.startswith("cuda") and (cards := torch.cuda.device_count()) > world():
         hint += f", or spread this one over {cards} cards with torchrun"
     for flags, device, dtype, scheme in _alternatives(placement.device, stored, quantize):
         if fit_of(device, dtype, scheme).fits:
@@ -133,10 +135,10 @@ def check_fit(
 
 
 def estimate(
-    config: ModelConfig, dtype: torch.dtype, scheme: str | None = None, context: int | None = None, kept_layers: int = 0
+    config: ModelConfig, dtype: torch.dtype, scheme: str | None = None, kept_layers: int = 0
 ) -> dict[str, int]:
-    """Bytes of a loaded model, part by part: weights, the cache of `context` tokens, the largest temporary tensors."""
-    width, tokens = dtype.itemsize, min(context or CONTEXT, config.max_context, CONTEXT)
+    """Bytes of a loaded model, part by part: weights, the cache of keys and values, the largest temporary tensors."""
+    width, tokens = dtype.itemsize, min(config.max_context, CONTEXT)
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     weights = parameter_count(config) * width
     if scheme in SCHEMES:
@@ -144,9 +146,18 @@ def estimate(
         head = config.vocab_size * config.d_model
         # The head takes int8 at most; a tied embedding stays beside it.
         weights += int(head * (SCHEMES["int8"] - (0 if config.tied else width)) - matrices * (width - SCHEMES[scheme]))
-    working = CHUNK * (3 * config.d_ff + 6 * config.d_model) * 4 + 8 * config.vocab_size * 4
+    working = PREFILL_CHUNK * (3 * config.d_ff + 6 * config.d_model) * 4 + 8 * config.vocab_size * 4
     cache = 2 * config.n_layers * kv * tokens * width
     return {"weights": weights, f"cache of {tokens:,} tokens": cache, "working memory": working}
+
+
+def sae_bytes(config: SAEConfig, device: str = "cpu") -> int:
+    """Bytes of an SAE as it is loaded, in float32, and on a CPU of the int8 copy that a big TopK encoder gets beside it
+    (`SAE.prepare`)."""
+    encoder = config.d_in * config.d_sae
+    screened = config.activation == "topk" and encoder >= LARGE and config.k + MARGIN < config.d_sae
+    copy = encoder if screened and device.startswith("cpu") and screening_available() else 0
+    return 4 * (2 * encoder + config.d_sae + config.d_in) + copy
 
 
 def _alternatives(
@@ -154,6 +165,8 @@ def _alternatives(
 ) -> Iterator[tuple[str, str, torch.dtype, str | None]]:
     """(flags, device, dtype, quantisation) that take less, the least loss first."""
     schemes = [other for other in SCHEMES if scheme not in SCHEMES or SCHEMES[other] < SCHEMES[scheme]]
+    if world() > 1:  # a model shared out over processes is not quantised
+        schemes = []
     half = torch.bfloat16
     if dtype.itemsize > half.itemsize:
         yield "--dtype bfloat16", device, half, scheme

@@ -135,14 +135,11 @@ def _placement(subject: Subject) -> str:
 
 
 def _fit(subject: Subject) -> str:
-    from steer.device import check_fit, gib
+    from steer.device import check_fit, gib, sae_bytes
 
-    sae = subject.sae
-    sae_bytes = 2 * 4 * sae.d_in * sae.d_sae if sae else 0
-    kept = subject.kept_layers
-    fit = check_fit(
-        subject.config, subject.path, subject.placement, subject.settings.scheme, sae_bytes=sae_bytes, kept_layers=kept
-    )
+    sae, where, kept = subject.sae, subject.placement, subject.kept_layers
+    beside = sae_bytes(sae, where.device) if sae else 0
+    fit = check_fit(subject.config, subject.path, where, subject.settings.scheme, sae_bytes=beside, kept_layers=kept)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.parts.items() if size)
     free = "an unknown amount" if fit.available is None else f"{gib(fit.available)} GiB"
     return f"{gib(fit.needed)} GiB of {free} free ({parts})"

@@ -8,8 +8,10 @@ import torch
 
 from llama_3.checkpoint import load_model, parameter_count
 from llama_3.config import ModelConfig, read_config
+from sae.model import SAE, SAEConfig
+from sae.screen import available as screening_available
 from steer import device
-from steer.device import Fit, Placement, check_fit, choose_device, choose_placement, estimate
+from steer.device import Fit, Placement, check_fit, choose_device, choose_placement, estimate, sae_bytes
 from steer.errors import SteerError
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -105,7 +107,7 @@ def test_the_estimate_of_a_known_model() -> None:
     assert parts["weights"] == 8_030_261_248 * 2
     assert parts["cache of 8,192 tokens"] == GIB
     assert parts["working memory"] < GIB / 4
-    assert estimate(LLAMA_8B, torch.bfloat16, context=1024)["cache of 1,024 tokens"] == GIB // 8
+    assert estimate(replace(LLAMA_8B, max_context=1024), torch.bfloat16)["cache of 1,024 tokens"] == GIB // 8
     int8, int4 = (estimate(LLAMA_8B, torch.bfloat16, scheme)["weights"] for scheme in ("int8", "int4"))
     assert 8.0 < int8 / GIB < 9.0 and 5.0 < int4 / GIB < 6.0
     whole, half, none = (
@@ -161,6 +163,30 @@ def test_a_card_that_is_too_small(machine: dict[str, int], monkeypatch: pytest.M
     machine["cuda"] = 4
     error = refusal(monkeypatch, {"cuda": 3.0, "cpu": 4.0}, Placement("cuda:0", torch.bfloat16))
     assert error.hint == "choose a smaller model, or spread this one over 4 cards with torchrun"
+
+
+def test_what_several_processes_are_refused_is_not_advised(
+    machine: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "world", lambda: 4)
+    error = refusal(monkeypatch, {"cpu": 12.0}, Placement("cpu", torch.bfloat16))
+    assert error.hint == "choose a smaller model"
+    error = refusal(monkeypatch, {"cpu": 7.0}, Placement("cpu", torch.float32))
+    assert error.hint == "choose a smaller model"
+    for machine["cuda"], hint in ((4, ""), (8, ", or spread this one over 8 cards with torchrun")):
+        error = refusal(monkeypatch, {"cuda": 3.0, "cpu": 4.0}, Placement("cuda:0", torch.bfloat16))
+        assert error.hint == "choose a smaller model" + hint
+
+
+@pytest.mark.parametrize(("d_in", "screened"), [(8192, True), (8191, False)])
+def test_an_sae_is_counted_with_the_copy_of_its_encoder(d_in: int, screened: bool) -> None:
+    config = SAEConfig(d_in, 1024, k=8)
+    sae = SAE(config)
+    sae.prepare()
+    weights = 4 * sum(weight.numel() for weight in sae.parameters())
+    assert (sae._screen is not None) == (screened and screening_available())
+    assert sae_bytes(config) == weights + (d_in * 1024 if sae._screen else 0)
+    assert sae_bytes(config, "cuda:0") == weights
 
 
 def test_what_is_quantised_already_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
