@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama_3.config import read_json
+from llama_3.config import ModelConfig, read_json
 from llama_3.errors import config_error, explained
 from llama_3.tokenizer_tiktoken import TiktokenTokenizer, read_ranks
 from llama_3.vocabulary import N_SPECIALS, read_added_tokens, read_ends, special_names
@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]
     vocab_size: int
     """Ids this tokenizer knows, special ones included."""
+    rows_needed: int
+    """Rows an embedding needs for the ordinary tokens, `bos_id` and `eot_id`."""
     own_space: bool
     """Whether it puts a space of its own in front of a text, as Llama 2's does."""
 
@@ -104,6 +106,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return read_gguf_vocabulary(metadata, str(path))
     hint = "copy tokenizer.model (in Meta's download: original/tokenizer.model) into the folder"
     raise explained(FileNotFoundError, f"there is no tokenizer.model or tokenizer.json in {path}", hint)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """ValueError where text becomes ids that the model has no row for: the tokenizer is another model's.
+
+    More rows than tokens are fine. So are added tokens beyond the rows, special or not, which some published
+    checkpoints list and never use; but for the one that begins a text and the one that ends a turn.
+    """
+    if tokenizer.rows_needed > config.vocab_size:
+        raise config_error(
+            f"the tokenizer's ids go up to {tokenizer.rows_needed - 1:,} and the model's to {config.vocab_size - 1:,}",
+            "use the tokenizer that the model was published with",
+        )
 
 
 def model_folders(path: Path) -> list[Path]:

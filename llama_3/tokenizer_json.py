@@ -43,8 +43,8 @@ class JsonTokenizer(Vocabulary):
         # An added token is text as it stands, also where the model's own table lists it.
         vocab = self._fast.get_vocab(with_added_tokens=False).items()
         pieces = {token: _spelled(piece, byte_level, where) for piece, token in vocab if piece not in names}
-        pieces |= {token: name.encode() for name, token in names.items()}
-        super().__init__(pieces, SpecialTokens.choose(special, where, bos, eos), prefix)
+        added = {token: name.encode() for name, token in names.items()}
+        super().__init__(pieces, SpecialTokens.choose(special, where, bos, eos), prefix, added)
 
     def _cut(self, text: str, after_special: bool) -> list[int]:
         fast = self._fast_inside if after_special else self._fast

@@ -56,14 +56,25 @@ class SpecialTokens:
 
 
 class Vocabulary(ABC):
-    """A `Tokenizer` but for the cutting of text. `pieces` are the bytes that each ordinary id adds to a text."""
+    """A `Tokenizer` but for the cutting of text.
 
-    def __init__(self, pieces: Mapping[int, bytes], specials: SpecialTokens, prefix: Prefix = "none") -> None:
+    `pieces` are the bytes that each id of the model's own vocabulary adds to a text, `added` those of tokens that a
+    file puts beside it and that are found whole in a text.
+    """
+
+    def __init__(
+        self,
+        pieces: Mapping[int, bytes],
+        specials: SpecialTokens,
+        prefix: Prefix = "none",
+        added: Mapping[int, bytes] | None = None,
+    ) -> None:
         self._specials = specials
         self._prefix, self.own_space = prefix, prefix != "none"
         names = {token: name.encode() for name, token in specials.ids.items()}
-        self._bytes = {**pieces, **names}
+        self._bytes = {**pieces, **(added or {}), **names}
         self.vocab_size = len(self._bytes)
+        self.rows_needed = 1 + max(specials.bos, specials.eot, *(pieces.keys() - names.keys()))
         self.special_ids = frozenset(names)
         self.bos_id, self.eot_id, self.stop_ids = specials.bos, specials.eot, specials.stops
 

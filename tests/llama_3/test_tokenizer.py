@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from llama_3.tokenizer import StreamDecoder, load_tokenizer
+from llama_3.tokenizer import StreamDecoder, check_vocabulary, load_tokenizer
 from llama_3.tokenizer_json import JsonTokenizer
 from llama_3.tokenizer_sentencepiece import SentencePieceTokenizer
 from llama_3.tokenizer_tiktoken import SPLIT_PATTERN, TiktokenTokenizer
 from llama_3.vocabulary import special_names
 from tests.llama_3 import vocabularies
-from tests.tiny import byte_ranks, byte_tokenizer, write_tiny_checkpoint
+from tests.tiny import byte_ranks, byte_tokenizer, tiny_config, write_tiny_checkpoint
 
 
 def test_a_whole_word_in_the_vocabulary_needs_no_merges(tmp_path: Path) -> None:
@@ -181,3 +181,35 @@ def test_what_is_not_special_in_the_file_is_found_in_text(tmp_path: Path) -> Non
     theirs = vocabularies.transformers_of(tmp_path)
     text = "a <think>\n b<|eot_id|> Zoë"
     assert tokenizer.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_is_another_models() -> None:
+    tokenizer = TiktokenTokenizer(byte_ranks() | {b"ab": 256, b"cd": 257}, {"<|begin_of_text|>": 0, "</s>": 1})
+    for size in (258, 300):
+        check_vocabulary(tokenizer, tiny_config(vocab_size=size))
+    with pytest.raises(ValueError, match=r"^the tokenizer's ids go up to 257 and the model's to 256$") as caught:
+        check_vocabulary(tokenizer, tiny_config(vocab_size=257))
+    assert vars(caught.value)["hint"] == "use the tokenizer that the model was published with"
+
+
+def test_of_special_tokens_only_the_ends_need_rows() -> None:
+    tokenizer = byte_tokenizer()
+    assert (tokenizer.eot_id, tokenizer.vocab_size) == (265, 272)
+    check_vocabulary(tokenizer, tiny_config(vocab_size=266))
+    for rows in (265, 257):
+        with pytest.raises(ValueError, match=f"go up to 265 and the model's to {rows - 1}"):
+            check_vocabulary(tokenizer, tiny_config(vocab_size=rows))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_beyond_the_model_may_stay_unused(special: bool, tmp_path: Path) -> None:
+    model = vocabularies.train_sentencepiece(400)
+    vocabularies.write_llama_2_json(tmp_path, model)
+    raw, size = json.loads((tmp_path / "tokenizer.json").read_text()), model.get_piece_size()
+    raw["added_tokens"].append(raw["added_tokens"][-1] | {"id": size, "content": "[PAD]", "special": special})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode([size]) == "[PAD]" and tokenizer.vocab_size == size + 1
+    check_vocabulary(tokenizer, tiny_config(vocab_size=size))
+    with pytest.raises(ValueError, match=f"go up to {size - 1} and"):
+        check_vocabulary(tokenizer, tiny_config(vocab_size=size - 1))
