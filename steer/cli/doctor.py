@@ -97,12 +97,14 @@ def _devices(settings: Settings) -> str:
 
 
 def _memory(settings: Settings) -> str:
+    from steer.device import available_memory, gib
+
+    free = available_memory("cpu")  # what the check `fit` goes by
     try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+        total = f" of {gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
     except (ValueError, OSError, AttributeError):  # not every system tells
-        return "unknown"
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        total = ""
+    return "unknown" if free is None else f"{gib(free)}{total} GiB free"
 
 
 def _hub(settings: Settings) -> str:

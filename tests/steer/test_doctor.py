@@ -134,6 +134,13 @@ def test_a_model_that_does_not_fit_fails_the_check(doctor: Doctor, monkeypatch: 
     )
 
 
+def test_one_report_has_one_figure_of_what_is_free(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, memory, fit in ((3 << 30, r"3\.0 of [\d.]+ GiB free", "of 3.0 GiB free"), (None, "unknown", "unknown")):
+        monkeypatch.setattr("steer.device.available_memory", lambda device, free=free: free)
+        _, checks = doctor("--model", "model", "--device", "cpu")
+        assert re.fullmatch(memory, checks["memory"]["value"]) and fit in checks["fit"]["value"]
+
+
 def test_what_quantising_costs(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--model", "model", "--device", "cpu", "--quantize")
     tokens = len(load_tokenizer(tmp_path / "model").encode(PARAGRAPH, bos=True))
