@@ -26,12 +26,12 @@ from llama_3.model import Transformer
 from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
-from llama_3.tokenizer import Tokenizer, load_tokenizer
+from llama_3.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sae.checkpoint import load_sae
 from sae.intervene import CompiledSet, Steerer
 from sae.model import SAE
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
-from steer.device import check_fit, choose_placement
+from steer.device import check_fit, choose_placement, sae_bytes
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
@@ -115,12 +115,12 @@ class Engine:
         path = main_first(partial(resolve_model, model))
         config = read_config(path)
         where = choose_placement(device, dtype, config, path)
-        if world() > 1:  # from here on all is about this process' share
+        if world() > 1:
             reason = "; ".join(filter(None, (where.reason, f"shared out over {world()} processes")))
             where = replace(where, device=own_device(where.device), reason=reason)
-            config = share(config, world())
         # All that can be wrong is found before the weights are read, which may take minutes.
         tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
+        check_vocabulary(tokenizer, config)
         spelled = load_chat_format(path, tokenizer, chat_format)
         index = LabelIndex(Path(labels), read_only=True) if labels else None
         encoder = load_sae(Path(sae), where.device) if sae else None
@@ -129,7 +129,8 @@ class Engine:
             check_together(config, encoder, index)
         if compile and where.device == "cpu" and not _has_compiler():
             raise SteerError("`--compile` needs a C++ compiler, and here is none", "install g++, or leave it out")
-        together(partial(check_fit, config, path, where, quantize, kept_layers=keep))
+        size = sae_bytes(encoder.config, where.device) if encoder else 0
+        together(partial(check_fit, share(config, world()), path, where, quantize, size, keep))
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
         else:

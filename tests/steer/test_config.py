@@ -67,7 +67,7 @@ def test_a_typed_flag_beats_the_file(folders: Path) -> None:
         ("= 3", "is no TOML", None),
         ("top_k = -1", "top_k is -1", "from 0"),
         ("min_p = 2.0", "min_p is 2", "from 0"),
-        ("repetition_penalty = 0", "repetition_penalty is 0", "above 0"),
+        ("repetition_penalty = 0", "repetition_penalty is 0", "from 0.000001"),
         ("frequency_penalty = nan", "frequency_penalty is nan", "a number"),
         ('quantize = "int3"', "quantize is int3", "none, int8, int4"),
         ("compile = 1", "should be true or false", None),
