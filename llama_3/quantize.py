@@ -109,9 +109,6 @@ def _steps(n_out: int, n_in: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n_out)) for start in range(0, n_out, size)]
 
 
-# -- int8 -------------------------------------------------------------------------------------------------------------
-
-
 class Int8Linear(QuantizedLinear):
     """int8 weight and a scale per output, as plain tensors; through `_weight_int8pack_mm` where that works."""
 
@@ -244,9 +241,6 @@ def _agrees(kind: Callable[[Tensor], QuantizedLinear], device: torch.device, dty
     return bool(((y - plain).norm() < 0.02 * plain.norm()).all())
 
 
-# -- int4 -------------------------------------------------------------------------------------------------------------
-
-
 class Int4Linear(QuantizedLinear):
     """Two 4-bit weights a byte, inputs 2j (low half) and 2j + 1; a scale and a zero per group, (G, N, 2) in bf16."""
 
@@ -356,23 +350,17 @@ def _has_int4_kernel(device: torch.device) -> bool:
     return _agrees(PackedInt4Linear if device.type == "cpu" else CudaInt4Linear, device, torch.bfloat16)
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
 def quantized(weight_NK: Tensor, scheme: Scheme) -> QuantizedLinear | None:
     """A layer for this weight in the form that suits its device; None when int4 cannot hold a matrix of its size."""
-    n_out, n_in = weight_NK.shape
-    device = weight_NK.device
+    (n_out, n_in), device = weight_NK.shape, weight_NK.device
     with torch.no_grad():
         if scheme == "int8":
             return (SplitInt8Linear if device.type == "cpu" and _has_fbgemm() else Int8Linear)(weight_NK)
         if group_size(n_in) is None:
             return None
-        if n_out % 64 == 0 and device.type in ("cpu", "cuda") and _has_int4_kernel(device):
-            if device.type == "cpu":
-                return PackedInt4Linear(weight_NK)
-            if n_in % 128 == 0:
-                return CudaInt4Linear(weight_NK)
+        fits = n_out % 64 == 0 and (device.type == "cpu" or (device.type == "cuda" and n_in % 128 == 0))
+        if fits and _has_int4_kernel(device):
+            return (PackedInt4Linear if device.type == "cpu" else CudaInt4Linear)(weight_NK)
         return Int4Linear(weight_NK)
 
 
@@ -418,9 +406,6 @@ def _check(scheme: str) -> None:
         error = ValueError(f"{scheme!r} is no quantisation scheme")
         error.hint = "int8 and int4 are"  # type: ignore[attr-defined]
         raise error
-
-
-# -- what it costs ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
