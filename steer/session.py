@@ -99,11 +99,11 @@ class Sampling:
             ("top_k", self.top_k >= 0, "a whole number from 0 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
             ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 0.000001 to 1000000; 1 is off"),
-            ("frequency_penalty", abs(self.frequency_penalty) <= 1e6, "from -1000000 to 1000000; 0 is off"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 1e6, "a number from -1000000 to 1000000; 0 is off"),
             (
                 "logit_bias",
                 all(token >= 0 and (abs(bias) <= 1e6 or bias == -math.inf) for token, bias in self.logit_bias),
-                "token ids from 0 with numbers from -1000000 to 1000000, or -inf",
+                "pairs of a token id from 0 and a number from -1000000 to 1000000, or -inf",
             ),
         ):
             if not fits:
