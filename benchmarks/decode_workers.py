@@ -45,18 +45,15 @@ class Ours:
 
         torch.set_num_threads(threads)
         self.memory = Memory()
-        from llama_3.quantize import quantize_model
         from steer.engine import Engine
         from steer.session import Sampling
 
         self.torch, self.greedy, variant = torch, Sampling(temperature=0.0), name.removeprefix("ours").lstrip("-")
         dtype = "float32" if variant == "float32" else "bfloat16"
-        if variant == "int8-above":
-            self.engine = Engine.load(model, sae, device="cpu", dtype=dtype, quantize="int8")
-        else:
-            self.engine = Engine.load(model, sae, device="cpu", dtype=dtype)
-            if variant in ("int8", "int4"):
-                quantize_model(self.engine.model, variant)
+        scheme = variant.removesuffix("-above") if variant.startswith("int") else None
+        self.engine = Engine.load(
+            model, sae, device="cpu", dtype=dtype, quantize=scheme, quantize_all=not variant.endswith("-above")
+        )
         self.caches: dict[int, Any] = {}
         self.asked: dict[tuple[int, int], tuple[list[str], list[list[int]]]] = {}
 

@@ -154,7 +154,7 @@ def _draw(scores_V: Tensor, sampling: Sampling, uniform: float) -> Tensor:
             keep &= probs.cumsum(0) - probs < sampling.top_p
         if look == size or sampling.top_k or not keep[-1]:
             break
-        look = size
+        look = min(size, 8 * look)
     kept = probs * keep
     return top.indices.take(_invert(kept, keep.sum(), uniform))  # `[]` would wait for the device
 

@@ -71,7 +71,11 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`..F` in float32, before the activation function, for `x` (`..D`) of any float dtype."""
-        return nn.functional.linear(x.float() - self.b_dec_D.float(), self.W_enc_FD.float(), self.b_enc_F.float())
+        x = x.float() - self.b_dec_D.float()
+        if x.numel() == self.config.d_in:  # one row: read at the speed of the memory
+            one_F = torch.addmv(self.b_enc_F.float(), self.W_enc_FD.float(), x.reshape(-1))
+            return one_F.view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, self.W_enc_FD.float(), self.b_enc_F.float())
 
     def activate(self, pre: Tensor) -> Latents:
         """The latents that pre-activations `..F` leave on."""

@@ -48,6 +48,8 @@ class Settings:
     """Weights in int8 or int4; None and `none` leave them as they are."""
     chat_format: str | None = None
     """How dialogs are written; None is what the checkpoint says."""
+    quantize_all: bool = False
+    """Quantise the blocks up to the SAE's hook as well."""
     compile: bool = False
     """Compile the step that writes one token."""
     threads: int | None = None

@@ -28,8 +28,6 @@ from steer.errors import SteerError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEMES = {"int8": 1.01, "int4": 0.5625}
 """Weight-only quantisations, and the bytes that a weight then takes with its share of the scales."""
-SMALL = 100_000_000
-"""Parameters up to which a CPU computes faster than it reads: there float32 wins over halving what is read."""
 CONTEXT = 8192
 """Tokens of the cache that are counted where a model could hold more."""
 
@@ -61,12 +59,9 @@ class Fit:
         return self.available is None or self.needed <= self.available
 
 
-def choose_placement(device: str, dtype: str, config: ModelConfig, path: Path) -> Placement:
-    """Device and dtype asked for, or for `auto` the fastest that loses nothing; a `SteerError` for what is not here.
-
-    `dtype="auto"` is as stored; but a CPU without bfloat16 instructions runs a small model faster in float32. A large
-    one waits for memory there, which bfloat16 halves.
-    """
+def choose_placement(device: str, dtype: str, path: Path) -> Placement:
+    """Device and dtype asked for, for `auto` the fastest device and the dtype as stored; a `SteerError` for what is not
+    here."""
     where, reasons = choose_device(device), []
     if device == "auto":
         reasons.append(f"{where}: " + ("there is no other device" if where == "cpu" else "the fastest device here"))
@@ -74,11 +69,7 @@ def choose_placement(device: str, dtype: str, config: ModelConfig, path: Path) -
         if dtype not in DTYPES:
             raise SteerError(f"`{dtype}` is no dtype", f"choose auto, {', '.join(DTYPES)}")
         return Placement(where, DTYPES[dtype], "; ".join(reasons))
-    stored, count = stored_dtype(path), parameter_count(config)
-    if where.startswith("cpu") and not _has_bfloat16() and count < SMALL and stored != torch.float32:
-        reasons.append(f"float32: this CPU has no bfloat16 instructions, and {count / 1e6:.0f} M parameters are few")
-        return Placement(where, torch.float32, "; ".join(reasons))
-    reasons.append(f"{_named(stored)}: as stored")
+    reasons.append(f"{_named(stored_dtype(path))}: as stored")
     return Placement(where, "auto", "; ".join(reasons))
 
 
@@ -213,10 +204,6 @@ def _cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 def _accelerators() -> dict[str, bool]:
     """The kinds of device beside the CPU, the faster first: are they here?"""
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-
-
-def _has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _named(dtype: torch.dtype) -> str:

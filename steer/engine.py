@@ -92,18 +92,19 @@ class Engine:
         dtype: str = "auto",
         threads: int | None = None,
         quantize: Scheme | None = None,
+        quantize_all: bool = False,
         chat_format: str | None = None,
         compile: bool = False,
     ) -> Engine:
         """The engine of a model, an SAE folder and a label index; the shipped demo where `model` is None.
 
         `model` is a folder, a GGUF file or a hub id, which is downloaded when it is not there. The shipped SAE and
-        labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (see
-        `choose_placement`), float32, bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or
-        int4, for the blocks above the SAE's hook; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of the
-        checkpoint's own; `compile` lets torch compile the blocks without hooks. Under torchrun, every process loads its
-        share of the model. Raises `SteerError`, `ValueError` or `OSError` with one sentence for what is wrong, damaged,
-        not to be had or too large.
+        labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (as stored), float32,
+        bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or int4, for the blocks above the
+        SAE's hook or, with `quantize_all`, for all; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of
+        the checkpoint's own; `compile` lets torch compile the blocks without hooks. Under torchrun, every process loads
+        its share of the model. Raises `SteerError`, `ValueError` or `OSError` with one sentence for what is wrong,
+        damaged, not to be had or too large.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -114,7 +115,7 @@ class Engine:
             raise SteerError(f"a model shared out over processes is not {what}", f"leave out `{flag}`")
         path = main_first(partial(resolve_model, model))
         config = read_config(path)
-        where = choose_placement(device, dtype, config, path)
+        where = choose_placement(device, dtype, path)
         if world() > 1:
             reason = "; ".join(filter(None, (where.reason, f"shared out over {world()} processes")))
             where = replace(where, device=own_device(where.device), reason=reason)
@@ -124,7 +125,7 @@ class Engine:
         spelled = load_chat_format(path, tokenizer, chat_format)
         index = LabelIndex(Path(labels), read_only=True) if labels else None
         encoder = load_sae(Path(sae), where.device) if sae else None
-        keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder else 0
+        keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder and not quantize_all else 0
         if encoder:
             check_together(config, encoder, index)
         if compile and where.device == "cpu" and not _has_compiler():

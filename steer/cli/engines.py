@@ -59,6 +59,7 @@ def load_engine(settings: Settings) -> Engine:
         threads=settings.threads,
         quantize=settings.scheme,
         chat_format=settings.chat_format,
+        quantize_all=settings.quantize_all,
         compile=settings.compile,
     )
 

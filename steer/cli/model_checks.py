@@ -62,7 +62,7 @@ class Subject:
     def placement(self) -> Placement:
         from steer.device import choose_placement
 
-        return choose_placement(self.settings.device, self.settings.dtype, self.config, self.path)
+        return choose_placement(self.settings.device, self.settings.dtype, self.path)
 
     def read_text(self) -> str:
         """What to measure on: the text given, else a paragraph of our own."""
@@ -83,10 +83,10 @@ class Subject:
 
     @property
     def kept_layers(self) -> int:
-        """Blocks that are not quantised: those up to the SAE's hook, which the SAE was trained on as they are."""
+        """Blocks that are not quantised unless all are asked for: those up to the SAE's hook, as it was trained on them."""
         from llama_3.hooks import HookPoint
 
-        return HookPoint.parse(self.sae.hook).layer + 1 if self.sae else 0
+        return HookPoint.parse(self.sae.hook).layer + 1 if self.sae and not self.settings.quantize_all else 0
 
 
 def _model(subject: Subject) -> str:

@@ -49,6 +49,10 @@ _SHARED: dict[str, Any] = {
     "chat_format": Annotated[
         str | None, typer.Option(help="How dialogs are written; without it, what the model says.", metavar="NAME")
     ],
+    "quantize_all": Annotated[
+        bool | None,
+        typer.Option("--quantize-all/--quantize-above", help="All blocks, or (as always) those above the SAE's hook."),
+    ],
     "compile": Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the step that writes a token.")
     ],
