@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def kept_layers(self) -> int:
-        """Blocks that are not quantised unless all are asked for: those up to the SAE's hook, as it was trained on them."""
+        """Blocks that are not quantised unless all are asked for: those up to the SAE's hook."""
         from llama_3.hooks import HookPoint
 
         return HookPoint.parse(self.sae.hook).layer + 1 if self.sae and not self.settings.quantize_all else 0
