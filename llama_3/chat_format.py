@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from llama_3 import chat_styles
 from llama_3.chat_styles import Message, Piece, Recognised, Spell, Style, recognise
-from llama_3.config import config_error, read_json
+from llama_3.config import read_json
+from llama_3.errors import config_error
 from llama_3.tokenizer import Tokenizer, gguf_metadata, model_folders
 
 __all__ = ["FORMATS", "ChatFormat", "Message", "MessageSpan", "load_chat_format"]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_3.errors import config_error as config_error  # also for those who import it from here
-from llama_3.errors import explained
+from llama_3.errors import config_error, explained
 
 Layout = Literal["safetensors", "bin", "meta", "gguf"]
 

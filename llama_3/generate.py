@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_3.cache import KVCache
-from llama_3.config import config_error
+from llama_3.errors import config_error
 from llama_3.hooks import Hooks
 from llama_3.model import Transformer, plan_span
 from llama_3.sampling import Sampling, sample

@@ -22,9 +22,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from llama_3.config import find_layout
+from llama_3.errors import explained
 
 SMALL = (
     "config.json",
@@ -48,7 +49,6 @@ _HUB_ID = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>(?:{_PART}/)*{_PART}\.gguf))?(?:@(?P<revision>{_REVISION.pattern}))?",
     re.ASCII,
 )
-E = TypeVar("E", bound=Exception)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -92,7 +92,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path:
         hint = (
             "give a folder, a .gguf file, or a model of the Hugging Face Hub such as meta-llama/Llama-3.2-1B-Instruct"
         )
-        raise _explained(FileNotFoundError, f"there is no model {kind} {path}", hint)
+        raise explained(FileNotFoundError, f"there is no model {kind} {path}", hint)
     return _cached(wanted) or _download(wanted)
 
 
@@ -115,7 +115,7 @@ def needed_files(names: Iterable[str], wanted: HubId) -> list[str]:
     if wanted.file is not None:
         if wanted.file not in there:
             held = f"it holds {_some(ggufs)}" if ggufs else "it holds no GGUF file"
-            raise _explained(FileNotFoundError, f"there is no {wanted.file} in {wanted}", held)
+            raise explained(FileNotFoundError, f"there is no {wanted.file} in {wanted}", held)
         return [_whole_gguf(wanted.file, wanted)]
     small = [name for name in SMALL if name in there]
     weights = next((found for stem, suffix in INDEXED if (found := _indexed_weights(there, stem, suffix))), None)
@@ -128,16 +128,16 @@ def needed_files(names: Iterable[str], wanted: HubId) -> list[str]:
         if len(ggufs) == 1:
             return [_whole_gguf(ggufs[0], wanted)]
         if ggufs:
-            raise _explained(
+            raise explained(
                 ValueError, f"{wanted} holds {len(ggufs)} GGUF files", f"name one as {wanted.repo}/FILE: {_some(ggufs)}"
             )
-        raise _explained(
+        raise explained(
             ValueError,
             f"{wanted} holds no model weights",
             "choose a model with safetensors, PyTorch, Meta or GGUF weights (an adapter or a data set has none)",
         )
     if "config.json" not in there:
-        raise _explained(ValueError, f"{wanted} holds weights but no config.json", "choose a complete model")
+        raise explained(ValueError, f"{wanted} holds weights but no config.json", "choose a complete model")
     return _with_tokenizer(small + weights, wanted)
 
 
@@ -156,7 +156,7 @@ def _is_shard(name: str, folder: str) -> bool:
 
 def _with_tokenizer(files: list[str], wanted: HubId) -> list[str]:
     if not any(Path(file).name in TOKENIZERS for file in files):
-        raise _explained(
+        raise explained(
             ValueError, f"{wanted} holds no tokenizer.json and no tokenizer.model", "choose a complete model"
         )
     return files
@@ -164,7 +164,7 @@ def _with_tokenizer(files: list[str], wanted: HubId) -> list[str]:
 
 def _whole_gguf(name: str, wanted: HubId) -> str:
     if re.search(r"-\d+-of-\d+\.gguf$", name):
-        raise _explained(
+        raise explained(
             ValueError, f"{name} in {wanted} is one part of a split GGUF file", "choose one that is in one piece"
         )
     return name
@@ -271,7 +271,7 @@ def _download(wanted: HubId) -> Path:
     if constants.HF_HUB_OFFLINE:
         what, named = _what_is_cached(wanted)
         hint = named or "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download it"
-        raise _explained(FileNotFoundError, f"{wanted} {what}, and downloads are switched off", hint)
+        raise explained(FileNotFoundError, f"{wanted} {what}, and downloads are switched off", hint)
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True, timeout=timeout)
@@ -281,7 +281,7 @@ def _download(wanted: HubId) -> Path:
         raise _told(error, wanted) from None
     files = needed_files(sizes, wanted)
     if not _COMMIT.fullmatch(commit):
-        raise _explained(OSError, f"the Hub does not say which commit {wanted} is", "check HF_ENDPOINT")
+        raise explained(OSError, f"the Hub does not say which commit {wanted} is", "check HF_ENDPOINT")
     snapshot = _repo_folder(wanted) / "snapshots" / commit
     _check_space(wanted, snapshot, sum(sizes[name] for name in files if not (snapshot / name).is_file()))
     with _without_addresses():
@@ -294,7 +294,7 @@ def _download(wanted: HubId) -> Path:
         _write_whole(_note_of_gguf(snapshot), files[0])
     found = _whole_model(snapshot, wanted.file)
     if found is None:
-        raise _explained(OSError, f"the copy of {wanted} in {snapshot} is not whole", "run the same command again")
+        raise explained(OSError, f"the copy of {wanted} in {snapshot} is not whole", "run the same command again")
     if wanted.revision != commit:
         _write_whole(_repo_folder(wanted) / "refs" / wanted.revision, commit)
     return found
@@ -341,7 +341,7 @@ def _check_space(wanted: HubId, folder: Path, missing: int) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if missing > free:
-        raise _explained(
+        raise explained(
             OSError,
             f"{wanted} needs {missing / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free in {there}",
             "free some space, or set HF_HOME to a folder on a larger disk",
@@ -360,41 +360,33 @@ def _told(error: Exception, wanted: HubId, file: str | None = None) -> OSError:
     status = getattr(answers[0], "status_code", None) if answers else None
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept its licence on {page}, then set HF_TOKEN to a token of that account"
-        return _explained(PermissionError, f"{wanted.repo} is gated: its makers ask for an agreement first", hint)
+        return explained(PermissionError, f"{wanted.repo} is gated: its makers ask for an agreement first", hint)
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "check the spelling; for a private one set HF_TOKEN to a token that may read it"
-        return _explained(
-            FileNotFoundError, f"there is no folder {wanted.repo} here and no such model on the Hub", hint
-        )
+        return explained(FileNotFoundError, f"there is no folder {wanted.repo} here and no such model on the Hub", hint)
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"{page}/tree/main lists its branches and tags"
-        return _explained(FileNotFoundError, f"{wanted.repo} has no revision {wanted.revision}", hint)
+        return explained(FileNotFoundError, f"{wanted.repo} has no revision {wanted.revision}", hint)
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return _explained(FileNotFoundError, f"there is no {what}", f"{page}/tree/main lists its files")
+        return explained(FileNotFoundError, f"there is no {what}", f"{page}/tree/main lists its files")
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
         hint = "free some space, or set HF_HOME to a folder on a larger disk; " + again
-        return _explained(OSError, f"the disk is full while downloading {what}", hint)
+        return explained(OSError, f"the disk is full while downloading {what}", hint)
     if status in (401, 403):
-        return _explained(PermissionError, f"the Hub refuses {what} (status {status})", "check the token in HF_TOKEN")
+        return explained(PermissionError, f"the Hub refuses {what} (status {status})", "check the token in HF_TOKEN")
     if status is not None:
-        return _explained(OSError, f"the Hub answered with status {status} for {what}", "try again later")
+        return explained(OSError, f"the Hub answered with status {status} for {what}", "try again later")
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return _explained(OSError, f"cannot write {error.filename}: {error.strerror}", "set HF_HOME to another folder")
+        return explained(OSError, f"cannot write {error.filename}: {error.strerror}", "set HF_HOME to another folder")
     kind = type(causes[-1]).__name__
     if file is not None:
-        return _explained(OSError, f"the download of {what} broke off ({kind})", again)
+        return explained(OSError, f"the download of {what} broke off ({kind})", again)
     cached, named = _what_is_cached(wanted)
     hint = named or "check the connection (and HF_ENDPOINT, when it is set), or give the path of a local folder"
-    return _explained(ConnectionError, f"{wanted} {cached}, and the Hub cannot be reached ({kind})", hint)
+    return explained(ConnectionError, f"{wanted} {cached}, and the Hub cannot be reached ({kind})", hint)
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _explained(kind: type[E], sentence: str, hint: str) -> E:
-    error = kind(sentence)
-    error.hint = hint  # type: ignore[attr-defined]  # exceptions carry our hint as a plain attribute
-    return error

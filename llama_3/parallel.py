@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama_3.checkpoint import Checkpoint, open_checkpoint, parameter_sources, tensor_shapes, weights_dtype
-from llama_3.config import ModelConfig, config_error
+from llama_3.config import ModelConfig
+from llama_3.errors import config_error
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.linear import Linear
 from llama_3.model import Transformer

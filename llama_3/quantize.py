@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_3.errors import config_error
 from llama_3.linear import project, slow_here
 
 Scheme = Literal["int8", "int4"]
@@ -403,9 +404,7 @@ def quantize_model(model: nn.Module, scheme: Scheme, keep: int = 0) -> None:
 
 def _check(scheme: str) -> None:
     if scheme not in ("int8", "int4"):
-        error = ValueError(f"{scheme!r} is no quantisation scheme")
-        error.hint = "int8 and int4 are"  # type: ignore[attr-defined]
-        raise error
+        raise config_error(f"{scheme!r} is no quantisation scheme", "int8 and int4 are")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from llama_3.chat_format import ChatFormat, Message, load_chat_format
 from llama_3.checkpoint import load_model
 from llama_3.config import read_config, read_generation_defaults
 from llama_3.generate import ReplyText
+from llama_3.gguf_file import hold_header
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
@@ -114,6 +115,7 @@ class Engine:
             what, flag = ("quantised", "--quantize") if quantize else ("compiled", "--compile")
             raise SteerError(f"a model shared out over processes is not {what}", f"leave out `{flag}`")
         path = main_first(partial(resolve_model, model))
+        header = hold_header(path)  # a GGUF file's, so that all who ask for it in here share one reading
         config = read_config(path)
         where = choose_placement(device, dtype, path)
         if world() > 1:
@@ -141,6 +143,7 @@ class Engine:
             quantize_head(transformer)  # in int8 always: 4 bits cost the most there
         if compile:
             transformer.compile_blocks()
+        del header
         return cls(
             transformer,
             tokenizer,
