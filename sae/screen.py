@@ -23,7 +23,7 @@ from sae.kernels import gather_dot
 SIGMAS = 6.0
 MARGIN = 64
 """Candidates beyond k."""
-MOST_TOKENS = 4
+MOST_TOKENS = 16
 """For more the whole product is as quick."""
 _BLOCK = 4096
 _STEPS = 63.0

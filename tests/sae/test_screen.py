@@ -74,7 +74,7 @@ def test_an_sae_gives_the_same_latents_with_and_without_it(monkeypatch: pytest.M
     assert real(sae._screen, x_BTD.view(4, D) - sae.b_dec_D, sae.W_enc_FD, sae.b_enc_F, K) is not None
     assert torch.equal(screened.indices, whole.indices)
     torch.testing.assert_close(screened.values, whole.values)
-    sae.encode(torch.randn(1, 9, D))  # many tokens: the whole product
+    sae.encode(torch.randn(1, 17, D))  # many tokens: the whole product
     assert calls == [4]
 
 
