@@ -84,7 +84,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path:
     go wrong between here and a whole copy.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if str(name).strip() and path.exists():
         return path
     wanted = parse_hub_id(str(name), revision)
     if wanted is None:
@@ -92,7 +92,9 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path:
         hint = (
             "give a folder, a .gguf file, or a model of the Hugging Face Hub such as meta-llama/Llama-3.2-1B-Instruct"
         )
-        raise explained(FileNotFoundError, f"there is no model {kind} {path}", hint)
+        if "://" in str(name):
+            hint = "of a page on the Hub only `org/name` is the model's id"
+        raise explained(FileNotFoundError, f"there is no model {kind} {name}", hint)
     return _cached(wanted) or _download(wanted)
 
 

@@ -90,11 +90,13 @@ class Subject:
 
 
 def _model(subject: Subject) -> str:
-    from llama_3.checkpoint import parameter_count, stored_dtype
+    from llama_3.checkpoint import open_checkpoint, parameter_count, stored_dtype
     from llama_3.config import find_layout
     from llama_3.hub import model_name
 
     config, (layout, _) = subject.config, find_layout(subject.path)
+    with open_checkpoint(subject.path) as checkpoint:
+        checkpoint.check()  # names and shapes; the numbers themselves are looked at when a model is loaded
     shape = f"{config.n_layers} layers of {config.d_model}, {config.n_heads} heads on {config.n_kv_heads}"
     name = "the demo" if subject.settings.model is None else model_name(subject.path)
     stored = str(stored_dtype(subject.path)).removeprefix("torch.")

@@ -47,11 +47,15 @@ _SHARED: dict[str, Any] = {
         str | None, typer.Option(help="Weights in fewer bits: less memory, less exact.", metavar="none|int8|int4")
     ],
     "chat_format": Annotated[
-        str | None, typer.Option(help="How dialogs are written; without it, what the model says.", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="llama-3, llama-3.1, llama-3.2, llama-2, zephyr, chatml or plain; the model's own by default.",
+            metavar="NAME",
+        ),
     ],
     "quantize_all": Annotated[
         bool | None,
-        typer.Option("--quantize-all/--quantize-above", help="All blocks, or (as always) those above the SAE's hook."),
+        typer.Option("--quantize-all/--quantize-above", help="All blocks, or (default) those above the SAE's hook."),
     ],
     "compile": Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the step that writes a token.")
@@ -68,7 +72,9 @@ _SAMPLED: dict[str, Any] = {
         float | None, typer.Option(help="Leave out what is less likely than this share of the likeliest.")
     ],
     "repetition_penalty": Annotated[float | None, typer.Option(help="Above 1: tokens that were there count less.")],
-    "frequency_penalty": Annotated[float | None, typer.Option(help="Off a logit for each time its token was written.")],
+    "frequency_penalty": Annotated[
+        float | None, typer.Option(help="Lowers a token's logit by this for each time the reply has it.")
+    ],
     "logit_bias": Annotated[
         list[str] | None, typer.Option(help="Added to the logit of a token id; repeatable.", metavar="ID=X")
     ],
