@@ -54,6 +54,9 @@ class Ours:
         self.engine = Engine.load(
             model, sae, device="cpu", dtype=dtype, quantize=scheme, quantize_all=not variant.endswith("-above")
         )
+        if self.engine.model.config.vocab_size < 10_000:  # a real model would end its replies; the random one cannot
+            stops = sorted({*self.engine.tokenizer.stop_ids, *self.engine.model.config.stop_ids})
+            self.greedy = Sampling(temperature=0.0, logit_bias=tuple((stop, float("-inf")) for stop in stops))
         self.caches: dict[int, Any] = {}
         self.asked: dict[tuple[int, int], tuple[list[str], list[list[int]]]] = {}
 
