@@ -6,7 +6,7 @@ does its work and knows three cases besides torch's own product:
 - One row is a matrix times a vector: `mv` reads the weight at the speed of the memory.
 - bf16 and float16 on a CPU that has no instructions for them: torch falls back on one pass over the weight per row
   (64 rows on a 16,384 x 2,048 weight: 200 ms). Here blocks of the weight are made float32 while they are in the cache
-  and multiplied at float32 speed, every sum rounded once at the end (35 ms; 512 rows: 230 ms against 1.6 s).
+  and multiplied at float32 speed, every sum rounded once at the end (35 ms; 512 rows: 230 ms).
 - A few rows in float32 on such a CPU: the product is quicker with the weight on the left, and a multiple of 16 columns
   on the right (8 rows: 16 ms against 25).
 
