@@ -27,8 +27,8 @@ __all__ = ["app", "main"]
 
 COMMANDS = (chat, complete, inspect, features, capture, train, label, doctor)
 """The modules that put their commands on `app`, in the order of the help."""
-SHARED = ("complete", "inspect")
-"""Commands that several processes run together: the others ask a person, or write files."""
+SHARED = ("complete", "inspect", "capture", "train")
+"""Commands that several processes run together; the others ask a person, or write files that are one process's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,5 +87,5 @@ def _check_shared(arguments: Sequence[str]) -> None:
     if name not in SHARED and not {"--help", "--version"}.intersection(arguments):
         raise SteerError(
             f"`steer {name}` is for one process, and torchrun started {world()}",
-            "several share a model in `steer complete` and `steer inspect`",
+            "several share a model in `steer complete` and `inspect`, and the work in `steer capture` and `train`",
         )
