@@ -7,7 +7,7 @@ Reading trusts nothing: only safetensors and JSON, every shape checked against `
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def save_sae(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cfg.json").unlink(missing_ok=True)
-    weights = {"W_enc": sae.W_enc_FD, "b_enc": sae.b_enc_F, "W_dec": sae.W_dec_FD, "b_dec": sae.b_dec_D}
-    _write_tensors(folder / "sae.safetensors", {name: w.detach().to(dtype or w.dtype) for name, w in weights.items()})
+    weights = {name: weight.detach().to(dtype or weight.dtype) for name, weight in sae.weights.items()}
+    _write_tensors(folder / "sae.safetensors", weights)
     if stats := stats or sae.stats:
         stats.save(folder / "stats.safetensors")
     else:
@@ -96,12 +96,12 @@ def load_sae(folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch
     folder = Path(folder)
     config = read_config(folder)
     d, n = config.d_in, config.d_sae
-    shapes = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
-    read = _read_tensors(folder / "sae.safetensors", shapes)
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+    shapes |= {name: (n,) for name in config.function.extra}
+    read = _read_tensors(folder / "sae.safetensors", shapes, f", which an SAE of kind {config.activation} has")
     sae = SAE(config, dtype=dtype, device=device)
-    for name, parameter in (("W_enc", sae.W_enc_FD), ("b_enc", sae.b_enc_F), ("W_dec", sae.W_dec_FD)):
-        parameter.data.copy_(read[name])
-    sae.b_dec_D.data.copy_(read["b_dec"])
+    for name, weight in sae.weights.items():
+        weight.data.copy_(read[name])
     if (folder / "stats.safetensors").exists():
         sae.stats = Stats.load(folder / "stats.safetensors", n)
     if (folder / "manifest.json").exists():
@@ -122,19 +122,30 @@ def read_config(folder: Path | str) -> SAEConfig:
         )
     if cfg.get("version") != VERSION:
         raise SAEFileError(f"{file} has format version {cfg.get('version')!r}; this program reads version {VERSION}")
-    known = {field.name: str if field.name in ("activation", "hook") else int for field in fields(SAEConfig)}
-    for name, kind in known.items():
-        if type(cfg.get(name)) is not kind:
-            raise SAEFileError(
-                f"{file} has {name} = {cfg.get(name)!r}, which is not {'text' if kind is str else 'a whole number'}"
-            )
+    values = {field.name: _setting(file, cfg, field) for field in fields(SAEConfig)}
     try:
-        return SAEConfig(**{name: cfg[name] for name in known})
+        return SAEConfig(**values)
     except ValueError as error:
         raise SAEFileError(f"{file} is not usable: {error}") from error
 
 
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+_FIRST = ("d_in", "d_sae", "activation", "k", "hook")
+"""What every folder says; other settings came later and have their default where a folder is silent."""
+_WORDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of whole numbers"}
+
+
+def _setting(file: Path, cfg: dict[str, Any], field: Field[Any]) -> Any:
+    """The value of one field of `SAEConfig`."""
+    if field.name not in cfg and field.name not in _FIRST:
+        return field.default
+    value = cfg.get(field.name)
+    kind = int if field.name in ("d_in", "d_sae") else list if field.name == "prefixes" else type(field.default)
+    if type(value) is not kind or (isinstance(value, list) and any(type(each) is not int for each in value)):
+        raise SAEFileError(f"{file} has {field.name} = {value!r}, which is not {_WORDS[kind]}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]], why: str = "") -> dict[str, Tensor]:
     if not file.is_file():
         raise SAEFileError(f"{file} is missing", "the folder of an SAE holds cfg.json and sae.safetensors")
     try:
@@ -143,7 +154,7 @@ def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
         raise SAEFileError(f"{file} is damaged or not a safetensors file ({error})", "copy or make it again") from error
     for name, shape in shapes.items():
         if name not in read:
-            raise SAEFileError(f"{file} has no tensor {name}")
+            raise SAEFileError(f"{file} has no tensor {name}{why}")
         if tuple(read[name].shape) != shape:
             raise SAEFileError(f"{file} has {name} of shape {tuple(read[name].shape)}, expected {shape}")
         if read[name].is_floating_point() and not bool(read[name].isfinite().all()):

@@ -6,11 +6,12 @@ so logits stay bit-identical to those without an SAE. All arithmetic is float32;
 dtype.
 
     f = encode(x),  a = f_i,  d = W_dec[i]          every edit of a set reads this same f; their deltas are summed
+                                                    d is scaled as the SAE's output at x is, by the unedited x
     add v       v * d
     clamp v     (v - a) * d          `if on`: only where a > 0
     scale s     (s - 1) * a * d
     ablate      -a * d
-    bias v      (f' - f) @ W_dec,  f' = act(pre + v * e_i)
+    bias v      decode(f') - decode(f),  f' = act(pre + v * e_i)
 
 Letters: B rows, T tokens, D d_model, F latents, K kept latents, R the rows of a batch that share one set.
 """
@@ -71,7 +72,7 @@ class CompiledSet:
 
 Trace = Tensor
 """What one edit did to one row, (5, T), float32, on the device: the position; 1 where it acted, else 0; the latent's
-activation there before; what the encoder reads of the latent in the edited stream, rectified, before the race for k
+activation there before; what the encoder reads of the latent in the edited stream, for topk before the race for k
 places; 1 where a `bias` did not bring its latent into the active set. The last three are 0 where it did not act."""
 
 
@@ -165,10 +166,10 @@ class Steerer:
             generated_RT = span.generated_BT[pick]
             x_RTD = x_BTD[pick]
             pre_RTF = pre_BTF[pick] if pre_BTF is not None else None
-            delta_RTD, acting_ERT, lost_ERT = self._deltas(compiled, f, pre_RTF, allowed_RT, generated_RT)
+            delta_RTD, acting_ERT, lost_ERT = self._deltas(compiled, x_RTD, f, pre_RTF, allowed_RT, generated_RT)
             y_RTD = x_RTD + delta_RTD
             if compiled.drop_error:
-                y_RTD = torch.where(allowed_RT[..., None], self.sae.decode(f) + delta_RTD, y_RTD)
+                y_RTD = torch.where(allowed_RT[..., None], self.sae.decode(f, x_RTD) + delta_RTD, y_RTD)
             touched_RT = allowed_RT if compiled.drop_error else acting_ERT.any(0)
             # Untouched positions keep their very bits, whatever the round trip through float32 would do.
             edited_BTD[pick] = torch.where(touched_RT[..., None], y_RTD.to(resid_BTD.dtype), resid_BTD[pick])
@@ -176,12 +177,18 @@ class Steerer:
         return edited_BTD
 
     def _deltas(
-        self, compiled: CompiledSet, f: Latents, pre_RTF: Tensor | None, allowed_RT: Tensor, generated_RT: Tensor
+        self,
+        compiled: CompiledSet,
+        x_RTD: Tensor,
+        f: Latents,
+        pre_RTF: Tensor | None,
+        allowed_RT: Tensor,
+        generated_RT: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The summed deltas (R, T, D); where each edit acted and where a bias lost the race, both (E, R, T)."""
-        like = self.sae.b_dec_D
-        delta_RTD = torch.zeros(*allowed_RT.shape, like.shape[0], device=like.device)
-        acting_ERT = torch.zeros(len(compiled.edits), *allowed_RT.shape, dtype=torch.bool, device=like.device)
+        scale_RT1 = self.sae.scale(x_RTD)
+        delta_RTD = torch.zeros_like(x_RTD)
+        acting_ERT = torch.zeros(len(compiled.edits), *allowed_RT.shape, dtype=torch.bool, device=x_RTD.device)
         lost_ERT = torch.zeros_like(acting_ERT)
         for number, edit in enumerate(compiled.edits):
             a_RT = activation_of(f, edit.latent)
@@ -198,7 +205,7 @@ class Steerer:
                     pushed_RTF[..., edit.latent] += edit.value
                     pushed = self.sae.activate(pushed_RTF)
                     lost_ERT[number] = where_RT & (activation_of(pushed, edit.latent) <= 0)
-                    change_RTD = self.sae.decode(pushed) - self.sae.decode(f)
+                    change_RTD = self.sae.decode(pushed, x_RTD) - self.sae.decode(f, x_RTD)
                     delta_RTD += torch.where(where_RT[..., None], change_RTD, 0.0)
                     continue
                 case "add":
@@ -210,7 +217,7 @@ class Steerer:
                 case "ablate":
                     amount_RT = -a_RT
             amount_RT = torch.where(where_RT, amount_RT, 0.0)
-            delta_RTD += amount_RT[..., None] * self.sae.decoder_direction(edit.latent).float()
+            delta_RTD += amount_RT[..., None] * scale_RT1 * self.sae.decoder_direction(edit.latent)
         return delta_RTD, acting_ERT, lost_ERT
 
     def _trace(
@@ -227,7 +234,7 @@ class Steerer:
         for edit in dict.fromkeys(compiled.edits):  # an edit that stands twice in a set acts at each position once more
             number = compiled.edits.index(edit)
             where_RT = acting_ERT[number].float()
-            before_RT, after_RT = activation_of(f, edit.latent), _read(self.sae, y_RTD, edit.latent)
+            before_RT, after_RT = activation_of(f, edit.latent), self.sae.read(y_RTD, edit.latent)
             columns = positions_RT, where_RT, where_RT * before_RT, where_RT * after_RT, lost_ERT[number]
             trace_R5T = torch.stack([column.float() for column in columns], 1)
             for trace_5T, row in zip(trace_R5T, rows, strict=True):
@@ -244,9 +251,3 @@ class Steerer:
 def activation_of(latents: Latents, latent: int) -> Tensor:
     """The activation (...) of one latent in sparse latents (..., K): 0 where it is not among the kept ones."""
     return torch.where(latents.indices == latent, latents.values, 0.0).sum(-1)
-
-
-def _read(sae: SAE, x_RTD: Tensor, latent: int) -> Tensor:
-    """What the encoder reads of one latent (R, T), rectified, before the race for k places."""
-    weight_D = sae.W_enc_FD[latent].float()
-    return ((x_RTD - sae.b_dec_D.float()) @ weight_D + sae.b_enc_F[latent].float()).relu()
