@@ -10,8 +10,9 @@ import pytest
 from llama_3.chat_format import ChatFormat, Message
 from llama_3.tokenizer_tiktoken import TiktokenTokenizer
 from tests.tiny import byte_ranks, byte_tokenizer
+from train.documents import read_documents
 from train.errors import TrainError
-from train.text import default_chat, interleave, read_documents, read_rows
+from train.text import default_chat, interleave, read_rows
 
 TWO = "one\nline\n<|endoftext|>\ntwo\n"
 
@@ -67,7 +68,7 @@ def test_other_bad_files_are_one_sentence(tmp_path: Path) -> None:
 
 def test_sources_give_equal_numbers_of_tokens_until_one_ends() -> None:
     long, short = [[0] * 10] * 4, [[1] * 2] * 10
-    drawn = list(interleave([iter(long), iter(short)]))
+    drawn = list(interleave([iter(long), iter(short)], len))
     assert [tokens[0] for tokens in drawn[:12]].count(1) >= 9
     assert sorted(map(len, drawn)) == [2] * 10 + [10] * 4
 
@@ -75,7 +76,7 @@ def test_sources_give_equal_numbers_of_tokens_until_one_ends() -> None:
 def test_a_long_document_becomes_rows_that_each_begin_with_bos(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh\n<|endoftext|>\nxy")
     tokenizer = byte_tokenizer()
-    rows = list(read_rows([tmp_path / "a.txt"], tokenizer, None, context=4))
+    rows = list(read_rows([tmp_path / "a.txt"], tokenizer, None, 4))
     assert [tokenizer.decode(row.tokens[1:]) for row in rows] == ["abc", "def", "gh", "xy"]
     assert {row.tokens[0] for row in rows} == {tokenizer.bos_id}
     assert [(row.document, row.offset) for row in rows] == [(0, 0), (0, 3), (0, 6), (1, 0)]
@@ -86,10 +87,10 @@ def test_a_dialog_is_written_in_the_chat_format_with_one_bos(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
     tokenizer = byte_tokenizer()
     chat = ChatFormat(tokenizer)
-    (row,) = read_rows([tmp_path / "a.jsonl"], tokenizer, chat, context=200)
+    (row,) = read_rows([tmp_path / "a.jsonl"], tokenizer, chat, 200)
     assert row.tokens == chat.encode_dialog([Message("user", "hi"), Message("assistant", "yo")])[0]
     assert row.tokens.count(tokenizer.bos_id) == 1
-    (plain,) = read_rows([tmp_path / "a.jsonl"], tokenizer, ChatFormat(tokenizer, "plain"), context=200)
+    (plain,) = read_rows([tmp_path / "a.jsonl"], tokenizer, ChatFormat(tokenizer, "plain"), 200)
     assert tokenizer.decode(plain.tokens) == "<|begin_of_text|>hiyo\n\n"
 
 
@@ -99,6 +100,6 @@ def test_a_vocabulary_without_headers_reads_text_but_no_dialogs(tmp_path: Path) 
     assert chat is None and isinstance(default_chat(byte_tokenizer()), ChatFormat)
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    assert [row.tokens for row in read_rows([tmp_path / "a.txt"], tokenizer, chat, context=9)] == [[256, 97, 98, 99]]
+    assert [row.tokens for row in read_rows([tmp_path / "a.txt"], tokenizer, chat, 9)] == [[256, 97, 98, 99]]
     with pytest.raises(TrainError, match=r"b\.jsonl holds dialogs, but this model has no chat format"):
-        list(read_rows([tmp_path / "b.jsonl"], tokenizer, chat, context=9))
+        list(read_rows([tmp_path / "b.jsonl"], tokenizer, chat, 9))
