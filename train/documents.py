@@ -76,6 +76,15 @@ def read_documents(source: Path | str) -> Iterator[Document]:
         raise TrainError(f"{path} is damaged: {error}", "copy or download it again") from error
 
 
+def read_texts(source: Path | str) -> Iterator[str]:
+    """The documents of a source that are not empty, each as one text. `TrainError` where it holds dialogs."""
+    for document in read_documents(source):
+        if isinstance(document, list):
+            raise TrainError(f"{source} holds dialogs, which have no sentences of one text", "use running text")
+        if text := "".join(document):
+            yield text
+
+
 @dataclass(frozen=True)
 class HubSource:
     """What `hf:NAME[@REVISION][:CONFIG][:SPLIT]` names. One word after NAME is a split where it is called like one
