@@ -32,6 +32,24 @@ def l0(values_BK: Tensor) -> Tensor:
     return (values_BK > 0).sum(-1).float().mean()
 
 
+def cosine(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """Cosine of the angle between x and y, mean over tokens (a scalar); 0 where either is zero."""
+    return torch.nn.functional.cosine_similarity(x_BD, y_BD, dim=-1).mean()
+
+
+def l1(values_BK: Tensor, norms_BK: Tensor | float = 1.0) -> Tensor:
+    """Sum of a token's activations, mean over tokens (a scalar): the penalty of Bricken et al. 2023. `norms_BK`, the
+    lengths of their decoder rows, are needed where these are not 1, or the penalty could be had away by scaling."""
+    return (values_BK.abs() * norms_BK).sum(-1).mean()
+
+
+def auxk(error_BD: Tensor, revived_BD: Tensor) -> Tensor:
+    """How far dead latents are from explaining what the live ones missed, `mse` as a share of the variance of that
+    (a scalar; 0 where nothing varies). Gao et al. 2024, appendix A.2; the normaliser is that of their code."""
+    loss = mse(error_BD, revived_BD) / total_variance(error_BD)
+    return torch.where(loss.isfinite(), loss, 0.0)
+
+
 def auxk_target(x_BD: Tensor, y_BD: Tensor) -> Tensor:
     """What the dead latents are asked to explain: the part of x that the live ones missed, as a constant
     (Gao et al. 2024, appendix A.2)."""

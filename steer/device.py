@@ -148,7 +148,7 @@ def sae_bytes(config: SAEConfig, device: str = "cpu") -> int:
     encoder = config.d_in * config.d_sae
     screened = config.activation == "topk" and encoder >= LARGE and config.k + MARGIN < config.d_sae
     copy = encoder if screened and device.startswith("cpu") and screening_available() else 0
-    return 4 * (2 * encoder + config.d_sae + config.d_in) + copy
+    return 4 * (2 * encoder + config.d_sae * (1 + len(config.function.extra)) + config.d_in) + copy
 
 
 def _alternatives(

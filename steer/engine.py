@@ -173,6 +173,7 @@ class Engine:
             None if sae else "no SAE for this model, so no features; `steer train` makes one",
             self._reason,
             self.chat_format.note,
+            sae.config.activation if sae else "topk",
         )
 
     @property

@@ -29,6 +29,9 @@ from steer.resolve import Resolver
 
 Hits = tuple[LatentHit, ...]
 
+WIDE = 256
+"""Slots from which on it pays to look how many of them are active before they become Python numbers."""
+
 
 @dataclass(slots=True)
 class Row:
@@ -320,13 +323,18 @@ def hits_by_row(record: Record) -> dict[int, list[Hits]]:
     values_BTK, order = record.latents.values.float().sort(-1, descending=True)
     indices_BTK = record.latents.indices.gather(-1, order)
     flags_BT2 = torch.stack([record.positions_BT >= 0, record.readable_BT], -1)
-    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).tolist()  # a float32 holds every index up to 2^24
-    k = indices_BTK.shape[-1]
+    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).cpu()  # a float32 holds every index up to 2^24
+    k = most = indices_BTK.shape[-1]
+    if k > WIDE:  # some SAEs light thousands of latents on the first token, which is not read
+        most = int(((table[..., 2 + k :] > 0) & (table[..., 1:2] > 0)).sum(-1).max())
+        table = torch.cat([table[..., : 2 + most], table[..., 2 + k : 2 + k + most]], -1)
     return {
         row: [
-            tuple(LatentHit(int(i), v) for i, v in zip(cells[:k], cells[k:], strict=True) if v > 0) if reads else ()
+            tuple(LatentHit(int(i), v) for i, v in zip(cells[:most], cells[most:], strict=True) if v > 0)
+            if reads
+            else ()
             for real, reads, *cells in tokens
             if real
         ]
-        for row, tokens in zip(record.rows, table, strict=True)
+        for row, tokens in zip(record.rows, table.tolist(), strict=True)
     }

@@ -96,8 +96,10 @@ class Resolver:
         return number / 100 * stats.resid_norm / norm
 
     def _norm(self, latent: int) -> float:
+        """Norm of what a unit of the latent adds to a residual of the median norm."""
         assert self._sae is not None
-        return float(self._sae.decoder_direction(latent).float().norm())
+        stats = self._sae.stats
+        return float(self._sae.decoder_direction(latent).norm()) * self._sae.scale_at(stats.resid_norm if stats else 1)
 
 
 def check_together(config: ModelConfig, sae: SAE, index: LabelIndex | None) -> None:

@@ -71,6 +71,13 @@ class EngineInfo:
     """Why this device and this dtype, where the choice was left to steer."""
     chat_format: str = ""
     """How dialogs are written for this model, and why so."""
+    activation: str = "topk"
+    """The SAE's activation function."""
+
+    @property
+    def sae_kind(self) -> str:
+        """The SAE's activation function with its k where it has one: `topk-32`, `jumprelu`."""
+        return f"{self.activation}-{self.k}" if self.k else self.activation
 
 
 @dataclass(frozen=True, slots=True)
