@@ -1,14 +1,15 @@
 """What an SAE keeps of a model's residual stream and what it costs the model, on text neither was trained on.
 
 Splicing puts `decode(encode(x))` in place of x at every position that is neither the first of its context nor a special
-token, which is also where FVU, L0 and dead latents are measured. The losses are means over all tokens of a context but
-the first, special ones included.
+token, which is also where the reconstruction is measured; the two ablations put zeros there, or the mean of x over the
+measured text. Losses are means over all tokens of a context but the first, special ones included, and so is the KL
+divergence of the spliced model's next token from the clean model's.
 
-Shapes: B rows, T tokens, D width of the residual stream, F latents, V vocabulary.
+Shapes: B rows, T tokens, D width of the residual stream, F latents, V vocabulary, N positions that count.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +17,49 @@ from torch import Tensor
 
 from llama_3.chat_format import ChatFormat
 from llama_3.config import ModelConfig
-from llama_3.hooks import HookPoint, Hooks, Span
+from llama_3.hooks import Hook, HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE, SAEConfig
 from train.capture import Batch, batches
 from train.errors import TrainError
-from train.text import default_chat, read_rows
+from train.intervals import DocumentSums, Metric, share
+from train.text import TextPlan, default_chat, read_rows
+
+METRICS = {
+    "reconstruction": {
+        "mse": "squared distance of x and its reconstruction y, summed over the width, mean over tokens",
+        "normalised_mse": "the same over the squared norm of x, mean over tokens (Gao et al. 2024's code)",
+        "fvu": "sum of squared distances of x and y over that of x and its mean",
+        "cosine": "cosine of x and y, mean over tokens",
+        "l0": "active latents a token",
+        "dead": "share of the latents that were never active",
+    },
+    "downstream": {
+        "ce_clean": "cross-entropy of the model as it is, nats a token",
+        "ce_spliced": "with y in place of x",
+        "ce_zero": "with zeros in place of x",
+        "ce_mean": "with the mean of x in place of x",
+        "delta_ce": "ce_spliced - ce_clean",
+        "loss_recovered_zero": "(ce_zero - ce_spliced) / (ce_zero - ce_clean)",
+        "loss_recovered_mean": "(ce_mean - ce_spliced) / (ce_mean - ce_clean)",
+        "kl": "KL divergence of the spliced model's next token from the clean model's, nats a token",
+    },
+}
+"""What each section measures, in the order of a report."""
+LOGITS = 1 << 28
+"""Logits of a batch at most."""
+PRE_ACTIVATIONS = 1 << 25
+"""Pre-activations computed at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    metrics: list[Metric]
+    """of the sections asked for, in the order of `METRICS`"""
+    tokens: int
+    """positions measured"""
+    documents: int
 
 
 def hook_point(model: ModelConfig, sae: SAEConfig) -> HookPoint:
@@ -48,83 +85,213 @@ def evaluate(
     batch_tokens: int = 4096,
     chat: ChatFormat | None = None,
 ) -> dict[str, float]:
-    """`fvu`, `l0`, `dead` (share of latents never active), `ce_clean` and `ce_spliced` in nats a token, `delta_ce`, and
-    `tokens`, the positions measured. Whole batches are read until these are at least `max_tokens` or the text ends.
-    Dialogs are written in `chat`, by default as in Llama 3.
+    """The values alone of `assess`, of both sections and by name, and `tokens`, the positions measured."""
+    plan = TextPlan(context=context)
+    found = assess(model, sae, tokenizer, files, max_tokens, plan=plan, batch_tokens=batch_tokens, chat=chat)
+    return {each.metric: each.value for each in found.metrics} | {"tokens": found.tokens}
 
-    Raises `TrainError` when the SAE does not fit the model or the text holds nothing to measure.
+
+def assess(
+    model: Transformer,
+    sae: SAE,
+    tokenizer: Tokenizer,
+    files: Sequence[Path | str],
+    max_tokens: int,
+    *,
+    sections: Sequence[str] = tuple(METRICS),
+    plan: TextPlan | None = None,
+    batch_tokens: int = 4096,
+    chat: ChatFormat | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """The measures of `sections`, each with a 95% interval by a bootstrap over documents, drawn with `seed`. (That of
+    `dead` is over latents: fewer documents can only have more dead latents.)
+
+    Whole batches are read until `max_tokens` positions count or the text ends; the text is read as `plan` says, and
+    dialogs written in `chat`, by default as in Llama 3. `on_progress(tokens, all tokens)` is called after each batch.
+
+    Raises `TrainError` for a section that there is not, an SAE that does not fit the model, a text with nothing to
+    measure.
     """
+    for section in sections:
+        if section not in METRICS:
+            raise TrainError(f"there is no section {section!r}", f"one of {', '.join(METRICS)}")
+    if not sections:
+        raise TrainError("an evaluation needs at least one section", f"one of {', '.join(METRICS)}")
     point = hook_point(model.config, sae.config)
-    tally = _Tally(sae)
-    loss_clean = loss_spliced = 0.0
-    predicted = 0
-    rows = read_rows(files, tokenizer, chat or default_chat(tokenizer), min(context, model.config.max_context))
+    plan = plan or TextPlan()
+    rows = read_rows(files, tokenizer, chat or default_chat(tokenizer), fit_context(plan, model.config.max_context))
+    batch_tokens = min(batch_tokens, max(1, LOGITS // model.config.vocab_size))
+    chosen, tokens = [], 0
     for batch in batches(rows, sorted(tokenizer.special_ids), batch_tokens):
-        tally.batch = batch
-        spliced = Hooks()
-        spliced.add(point, tally)
-        loss_clean += _loss(model, batch, Hooks())
-        loss_spliced += _loss(model, batch, spliced)
-        predicted += sum(length - 1 for length in batch.lengths)
-        if tally.tokens >= max_tokens:
+        chosen.append(batch)
+        tokens += int(batch.kept_BT.sum())
+        if tokens >= max_tokens:
             break
-    if not tally.tokens:
+    if not tokens:
         raise TrainError(f"{files[0] if files else 'no file'} holds no token to measure")
-    clean, after = loss_clean / predicted, loss_spliced / predicted
-    return {
-        "fvu": tally.fvu,
-        "l0": tally.active / tally.tokens,
-        "dead": 1 - float(tally.seen_F.float().mean()),
-        "ce_clean": clean,
-        "ce_spliced": after,
-        "delta_ce": after - clean,
-        "tokens": tally.tokens,
-    }
+    downstream = "downstream" in sections
+    mean_D = _mean(model, point, chosen) if downstream else None
+    reading, done = _Reading(sae), 0
+    with torch.inference_mode():
+        for batch in chosen:
+            reading.batch = batch
+            if mean_D is None:
+                _run(model, batch, point, reading, stop=True)
+            else:
+                _losses(model, batch, point, reading, mean_D)
+            done += int(batch.kept_BT.sum())
+            if on_progress:
+                on_progress(done, tokens)
+    formulas = {name: FORMULAS[name] for section in sections for name in METRICS[section] if name in FORMULAS}
+    found = {each.metric: each for each in reading.sums.metrics(formulas, seed)}
+    found["dead"] = share("dead", int((~reading.seen_F).sum()), sae.config.d_sae)
+    names = [name for section in METRICS if section in sections for name in METRICS[section]]
+    return Evaluation([found[name] for name in names], tokens, len(reading.sums.documents))
 
 
-class _Tally:
-    """The hook that splices, and counts what it sees on its way."""
+Sums = Mapping[str, Tensor]
+
+
+def _per(name: str, of: str) -> Callable[[Sums], Tensor]:
+    return lambda sums: sums[name] / sums[of]
+
+
+def _recovered(ablated: str) -> Callable[[Sums], Tensor]:
+    return lambda sums: (sums[ablated] - sums["spliced"]) / (sums[ablated] - sums["clean"])
+
+
+def _fvu(sums: Sums) -> Tensor:
+    sum_RD = sums["x"].view(len(sums["tokens"]), -1)
+    return sums["error"] / (sums["squares"] - sum_RD.pow(2).sum(1) / sums["tokens"])
+
+
+FORMULAS: dict[str, Callable[[Sums], Tensor]] = {
+    "mse": _per("error", "tokens"),
+    "normalised_mse": _per("relative", "tokens"),
+    "fvu": _fvu,
+    "cosine": _per("cosine", "tokens"),
+    "l0": _per("active", "tokens"),
+    "ce_clean": _per("clean", "predicted"),
+    "ce_spliced": _per("spliced", "predicted"),
+    "ce_zero": _per("zero", "predicted"),
+    "ce_mean": _per("mean", "predicted"),
+    "delta_ce": lambda sums: (sums["spliced"] - sums["clean"]) / sums["predicted"],
+    "loss_recovered_zero": _recovered("zero"),
+    "loss_recovered_mean": _recovered("mean"),
+    "kl": _per("kl", "predicted"),
+}
+"""Each metric from sums over documents."""
+
+
+class _Reading:
+    """A hook that changes nothing, measures the reconstruction, and keeps it to be spliced in."""
 
     batch: Batch
+    y_ND: Tensor
 
     def __init__(self, sae: SAE):
-        self.sae = sae
-        self.tokens = self.active = 0
+        self.sae, self.sums = sae, DocumentSums()
         self.seen_F = torch.zeros(sae.config.d_sae, dtype=torch.bool)
-        self._sum_D = torch.zeros(sae.config.d_in, dtype=torch.float64)
-        self._squares = self._squared_error = 0.0
 
     def __call__(self, resid_BTD: Tensor, span: Span) -> Tensor:
-        kept_BT = self.batch.kept_BT.to(resid_BTD.device)
-        x_ND = resid_BTD[kept_BT].float()
+        kept_BT = self.batch.kept_BT
+        x_ND = resid_BTD[kept_BT.to(resid_BTD.device)].float().to(self.sae.W_enc_FD.device)
+        documents_N = self.batch.documents_at(kept_BT.nonzero())
+        step = max(1, PRE_ACTIVATIONS // self.sae.config.d_sae)
+        parts = [
+            self._measure(x_ND[start : start + step], documents_N[start : start + step])
+            for start in range(0, len(x_ND), step)
+        ]
+        self.y_ND = torch.cat(parts) if parts else x_ND
+        return resid_BTD
+
+    def _measure(self, x_ND: Tensor, documents_N: Tensor) -> Tensor:
         latents = self.sae.encode(x_ND)
-        y_ND = self.sae.decode(latents)
+        y_ND = self.sae.decode(latents, x_ND)
         on = latents.values > 0
-        self.tokens += len(x_ND)
-        self.active += int(on.sum())
         self.seen_F[latents.indices[on].cpu()] = True
-        self._sum_D += x_ND.double().sum(0).cpu()
-        self._squares += float(x_ND.double().pow(2).sum())
-        self._squared_error += float((x_ND - y_ND).double().pow(2).sum())
-        spliced_BTD = resid_BTD.clone()
-        spliced_BTD[kept_BT] = y_ND.to(resid_BTD.dtype)
-        return spliced_BTD
-
-    @property
-    def fvu(self) -> float:
-        variance = self._squares - float(self._sum_D.pow(2).sum()) / self.tokens
-        return self._squared_error / variance if variance > 0 else math.nan
-
-
-def _loss(model: Transformer, batch: Batch, hooks: Hooks) -> float:
-    """Cross-entropy of every next token, summed over the real tokens of the batch, in nats."""
-    tokens_BT = batch.tokens_BT.to(model.device)
-    targets_BT = tokens_BT[:, 1:].clone()
-    for row, length in enumerate(batch.lengths):
-        targets_BT[row, length - 1 :] = -100
-    with torch.inference_mode():
-        logits_BTV = model(tokens_BT, lengths_B=batch.lengths, hooks=hooks)[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+        error_N = (x_ND.double() - y_ND.double()).pow(2).sum(1)
+        squares_N = x_ND.double().pow(2).sum(1)
+        self.sums.add(
+            documents_N,
+            tokens=torch.ones(len(x_ND)),
+            error=error_N,
+            relative=error_N / squares_N.clamp(min=1e-30),
+            squares=squares_N,
+            cosine=torch.cosine_similarity(x_ND.double(), y_ND.double(), dim=1),
+            active=on.sum(1),
+            x=x_ND,
         )
-    return float(loss)
+        return y_ND
+
+
+def _put(batch: Batch, value: Tensor) -> Hook:
+    """A hook that puts `value` (broadcast to (N, D)) where the batch's tokens count."""
+
+    def put(resid_BTD: Tensor, span: Span) -> Tensor:
+        changed_BTD = resid_BTD.clone()
+        changed_BTD[batch.kept_BT.to(resid_BTD.device)] = value.to(resid_BTD.device, resid_BTD.dtype)
+        return changed_BTD
+
+    return put
+
+
+def _run(model: Transformer, batch: Batch, point: HookPoint, hook: Hook | None, *, stop: bool = False) -> Tensor:
+    """Logits (B, T, V) with a hook at `point`, or with `stop` the tensor there."""
+    hooks = Hooks()
+    if hook is not None:
+        hooks.add(point, hook)
+    stop_after = point if stop else None
+    return model(batch.tokens_BT.to(model.device), lengths_B=batch.lengths, hooks=hooks, stop_after=stop_after)  # type: ignore[no-any-return]  # nn.Module's call
+
+
+def _mean(model: Transformer, point: HookPoint, chosen: Sequence[Batch]) -> Tensor:
+    """The mean of x over the positions that count, (D,)."""
+    total_D, count = torch.zeros(point.width(model.config), dtype=torch.float64), 0
+    with torch.inference_mode():
+        for batch in chosen:
+            x_ND = _run(model, batch, point, None, stop=True)[batch.kept_BT.to(model.device)]
+            total_D += x_ND.float().cpu().double().sum(0)
+            count += len(x_ND)
+    return (total_D / count).float()
+
+
+def _losses(model: Transformer, batch: Batch, point: HookPoint, reading: _Reading, mean_D: Tensor) -> None:
+    """Adds the losses of the batch as it is, spliced and ablated, to the sums of `reading`."""
+    clean_BTV = _run(model, batch, point, reading)
+    found: dict[str, list[Tensor]] = {"clean": _each_row(batch, clean_BTV)}
+    for name, value in (("spliced", reading.y_ND), ("zero", torch.zeros(1)), ("mean", mean_D)):
+        logits_BTV = _run(model, batch, point, _put(batch, value))
+        found[name] = _each_row(batch, logits_BTV)
+        if name == "spliced":
+            found["kl"] = [
+                _kl(clean_BTV[row, : length - 1], logits_BTV[row, : length - 1])
+                for row, length in enumerate(batch.lengths)
+            ]
+        del logits_BTV
+    columns = {name: torch.stack(values) for name, values in found.items()}
+    reading.sums.add(batch.documents_B, predicted=torch.tensor(batch.lengths) - 1, **columns)
+
+
+def _each_row(batch: Batch, logits_BTV: Tensor) -> list[Tensor]:
+    """Cross-entropy of every next token in nats, summed over each row; one row at a time is float32."""
+    tokens_BT = batch.tokens_BT.to(logits_BTV.device)
+    return [
+        torch.nn.functional.cross_entropy(
+            logits_BTV[row, : length - 1].float(), tokens_BT[row, 1:length], reduction="sum"
+        )
+        for row, length in enumerate(batch.lengths)
+    ]
+
+
+def _kl(clean_TV: Tensor, other_TV: Tensor) -> Tensor:
+    """KL divergence of the distributions of `other` from those of `clean`, summed over positions."""
+    log_clean_TV, log_other_TV = (logits.float().log_softmax(-1) for logits in (clean_TV, other_TV))
+    return torch.nn.functional.kl_div(log_other_TV, log_clean_TV, reduction="sum", log_target=True)
+
+
+def fit_context(plan: TextPlan, most: int) -> TextPlan:
+    """The plan with rows no longer than the model reads."""
+    return replace(plan, context=min(plan.context, most))

@@ -72,7 +72,7 @@ class InputScale:
             if self.mode == "layer_norm":
                 return centred_BD / (centred_BD.std(-1, keepdim=True) + 1e-5)
             norm_B1: Tensor = torch.linalg.vector_norm(centred_BD, dim=-1, keepdim=True)
-            return centred_BD / norm_B1.clamp(min=1e-12)
+            return centred_BD / norm_B1.clamp(min=1e-30)
         return x_BD / self.factor
 
 

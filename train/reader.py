@@ -30,6 +30,7 @@ from train.errors import TrainError
 from train.preprocess import Plan, read_plan
 from train.row_files import RowFile, find_row_files
 from train.shards import check_shards, read_manifest
+from train.text import is_held_out
 
 BLOCK = 256
 """Consecutive rows that are held out together where rows have no documents."""
@@ -193,7 +194,7 @@ class ShardReader:
 
     def _open(self) -> tuple[list[dict[str, Any]], bool]:
         """Finds the files and what they are: their entries for a plan, and whether they are a capture."""
-        if (self.folder / "manifest.json").exists():
+        if (self.folder / "manifest.json").exists() or any(self.folder.glob("rank-*/manifest.json")):
             manifest = read_manifest(self.folder)
             check_shards(self.folder, manifest, hashes=False)
             if not manifest["shards"]:
@@ -246,11 +247,9 @@ class ShardReader:
 
     def _held(self, file: RowFile, start: int, stop: int, unit: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Which rows of a piece are held out, (N,)."""
-        if self._captured:
-            units = file.documents(start, stop).numpy()
-        else:
-            units = unit + np.arange(stop - start) // BLOCK
-        return is_held_out(units, self.split_seed, self.share)
+        units_N = file.documents(start, stop).numpy() if self._captured else unit + np.arange(stop - start) // BLOCK
+        known, places_N = np.unique(units_N, return_inverse=True)
+        return np.array([is_held_out(int(unit), self.share, self.split_seed) for unit in known])[places_N]
 
     def _epoch(self, epoch: int) -> tuple[list[list[int]], list[int]]:
         """The groups of an epoch, each a list of pieces, and where each ends in it."""
@@ -291,22 +290,6 @@ class ShardReader:
             rows_ND[end : end + len(part_ND)] = part_ND
             end += len(part_ND)
         return rows_ND
-
-
-def is_held_out(units_N: "np.ndarray[Any, Any]", seed: int, share: float) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """Whether each unit (document or block number) is held out: its hash falls into the first `share` of all hashes.
-
-    The hash is the finaliser of SplitMix64 (Steele et al. 2014), applied twice.
-    """
-    mixed = _mix64(_mix64(np.asarray([seed % 2**64], dtype=np.uint64)) + units_N.astype(np.uint64))
-    return mixed < np.uint64(min(int(share * 2**64), 2**64 - 1))
-
-
-def _mix64(x: "np.ndarray[Any, np.dtype[np.uint64]]") -> "np.ndarray[Any, np.dtype[np.uint64]]":
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _generator(*parts: object) -> torch.Generator:
