@@ -1,19 +1,20 @@
-"""The sparse algebra of a TopK SAE, in plain PyTorch operations.
+"""The sparse algebra of an SAE, in plain PyTorch operations.
 
 With K of F latents on, decoding and all weight gradients cost K/F of the dense product; only the encoder stays dense.
+Latents come as (B, K) where each token has as many, else as P pairs of a token and a latent, sorted by token.
 What makes it fast on a CPU:
 
 - `topk_indices`: exact top-k by maxima over strided groups, so that `torch.topk` only ever sees short rows;
 - `Encoder`: where the CPU multiplies bfloat16 fast, the product in bfloat16 keeps a few candidates more than k, and
   only these are scored again in float32, so that the set kept is the one of float32;
-- `decode_sparse` and `gather_dot`: an embedding bag with weights and its gradient by these weights;
-- `TokensByLatent`: the kept latents sorted by latent, which makes a weight gradient a CSR matrix times a dense one,
+- `decode_pairs` and `dot_pairs`: an embedding bag with weights and its gradient by these weights;
+- `TokensByLatent`: the pairs sorted by latent, which makes a weight gradient a CSR matrix times a dense one,
   for any range of latents: no gradient as large as a weight matrix need exist.
 
 Each function has a dense reference in the tests. Nothing here uses autograd.
 
-Shapes: B tokens, D width of the residual stream, F latents, K kept latents, C candidates (K plus a margin), R latents
-of a range.
+Shapes: B tokens, D width of the residual stream, F latents, K kept latents, P pairs, C candidates (K plus a margin), R
+latents of a range.
 """
 
 import threading
@@ -56,75 +57,72 @@ def decode_sparse(indices_BK: Tensor, values_BK: Tensor, W_dec_FD: Tensor) -> Te
     return torch.nn.functional.embedding_bag(indices_BK, W_dec_FD, per_sample_weights=values_BK, mode="sum")
 
 
+def decode_pairs(latent_P: Tensor, values_P: Tensor, starts_B: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """The same for pairs sorted by token, the first of each token at `starts_B`; 0 for a token without one."""
+    return torch.nn.functional.embedding_bag(latent_P, W_dec_FD, starts_B, per_sample_weights=values_P, mode="sum")
+
+
 def gather_dot(x_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
     """Dot product of each row of x with the K rows of W it names, (B, K), without gathering those rows."""
     rows, k = indices_BK.shape
-    offsets_B = torch.arange(0, rows * k, k, device=x_BD.device)
     bag_of = torch.arange(rows, device=x_BD.device).repeat_interleave(k)
-    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x_BD, W_FD, indices_BK.reshape(-1), offsets_B, bag_of, 0
-    )
-    return dots.view(rows, k)
+    return dot_pairs(x_BD, W_FD, indices_BK.reshape(-1), bag_of).view(rows, k)
+
+
+def dot_pairs(x_BD: Tensor, W_FD: Tensor, latent_P: Tensor, row_P: Tensor) -> Tensor:
+    """Dot product of row `row_P` of x with row `latent_P` of W, (P,)."""
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_BD, W_FD, latent_P, row_P[:0], row_P, 0)
+    return dots
 
 
 class TokensByLatent:
     """The (token, latent) pairs of a batch sorted by latent: rows of `A_FB` in CSR form, for weight gradients."""
 
-    def __init__(self, indices_BK: Tensor, d_sae: int):
-        self.tokens, k = indices_BK.shape
-        flat = indices_BK.reshape(-1)
-        self._latent_of, self._order = flat.int().sort(stable=True)
-        self._token_of = (self._order // k).int()
-        self.counts_F = torch.bincount(flat, minlength=d_sae)
-        self._starts = torch.zeros(d_sae + 1, dtype=torch.int32, device=flat.device)
-        self._starts[1:] = self.counts_F.cumsum(0)
-
-    def sort(self, values_BK: Tensor) -> Tensor:
-        """The values of the pairs in this order, flat."""
-        return values_BK.reshape(-1)[self._order]
-
-    def latents(self, chosen: Tensor) -> Tensor:
-        """The latents of the sorted pairs that `chosen` (bool) marks, with repetitions."""
-        return self._latent_of[chosen]
+    def __init__(self, latent_P: Tensor, token_P: Tensor, d_sae: int):
+        self.latent_P, self.order_P = latent_P.int().sort(stable=True)
+        """the latent of each pair, and where it stood before"""
+        self.token_P = token_P[self.order_P].int()
+        self._starts = torch.zeros(d_sae + 1, dtype=torch.int32, device=latent_P.device)
+        self._starts[1:] = torch.bincount(latent_P, minlength=d_sae).cumsum(0)
 
     def edges(self, size: int) -> list[int]:
         """Where ranges of `size` latents begin among the sorted pairs, and where the last one ends."""
-        marks = torch.arange(0, len(self.counts_F) + size, size, device=self._starts.device)
-        return [int(edge) for edge in self._starts[marks.clamp_(max=len(self.counts_F))].tolist()]
+        d_sae = len(self._starts) - 1
+        marks = torch.arange(0, d_sae + size, size, device=self._starts.device)
+        return [int(edge) for edge in self._starts[marks.clamp_(max=d_sae)].tolist()]
 
-    def product(self, sorted_values: Tensor, dense_BD: Tensor, first: int, out_RD: Tensor, low: int, high: int) -> None:
-        """Writes rows `first`.. of `A^T dense` into `out_RD`, A holding `sorted_values`; low and high from `edges`."""
+    def add_product(
+        self, sorted_P: Tensor, dense_ND: Tensor, first: int, out_RD: Tensor, low: int, high: int, column_P: Tensor
+    ) -> None:
+        """Adds rows `first`.. of `A^T dense` to `out_RD`, A holding `sorted_P` in the columns `column_P`, the row of
+        `dense` of each sorted pair, int32; low and high from `edges`."""
         starts = self._starts[first : first + len(out_RD) + 1] - low
-        matrix = torch.sparse_csr_tensor(
-            starts,
-            self._token_of[low:high],
-            sorted_values[low:high],
-            (len(out_RD), self.tokens),
-            check_invariants=False,
-        )
-        torch.addmm(out_RD, matrix, dense_BD, beta=0, out=out_RD)
+        shape = (len(out_RD), len(dense_ND))
+        matrix = torch.sparse_csr_tensor(starts, column_P[low:high], sorted_P[low:high], shape, check_invariants=False)
+        torch.addmm(out_RD, matrix, dense_ND, out=out_RD)
 
 
 class Encoder:
-    """The k largest pre-activations of each token, exact in float32, at the price of a product in `screen`.
+    """The largest pre-activations of each token, exact in the dtype of the weights, at the price of one in `screen`.
 
     With bfloat16 it keeps a copy of the encoder, refreshed by the owner after each update, finds `margin` candidates
-    more than k with it and scores only these in float32. With float32 it uses the weights as they are. Calls may come
-    from several threads at once; each has its own buffers.
+    more than k with it and scores only these in float32. In their own dtype it uses the weights as they are. Calls may
+    come from several threads at once; each has its own buffers.
     """
 
     def __init__(self, W_enc_FD: Tensor, b_enc_F: Tensor, *, screen: torch.dtype, margin: int = 8):
         self.W_enc_FD, self.b_enc_F = W_enc_FD, b_enc_F
         self.screen, self.margin = screen, margin
+        self._screens = screen != W_enc_FD.dtype
         self._own = threading.local()
-        if screen != torch.float32:
+        if self._screens:
             self._copy = torch.zeros(len(b_enc_F), W_enc_FD.shape[1] + BIAS_COLUMNS, dtype=screen)
             self.refresh(0, len(b_enc_F))
 
     def refresh(self, first: int, last: int) -> None:
         """Takes over changes of the latents from `first` up to `last`. The bias becomes two columns, whose sum keeps
         twice the digits of one."""
-        if self.screen == torch.float32:
+        if not self._screens:
             return
         width = self.W_enc_FD.shape[1]
         copy, bias_R = self._copy[first:last], self.b_enc_F[first:last]
@@ -135,7 +133,7 @@ class Encoder:
     def topk(self, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(indices, values), each (B, k), unordered: the largest `W_enc x + b_enc`, possibly negative."""
         rows, width = x_BD.shape
-        if self.screen == torch.float32:
+        if not self._screens:
             pre_BF = self._buffer("pre", rows, len(self.b_enc_F))
             torch.addmm(self.b_enc_F, x_BD, self.W_enc_FD.t(), out=pre_BF)
             found_BK = topk_indices(pre_BF, k)
@@ -150,10 +148,21 @@ class Encoder:
         values_BK, kept_BK = pre_BC.topk(k, sorted=False)
         return found_BC.gather(1, kept_BK), values_BK
 
-    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+    def above(self, x_BD: Tensor, floor_F: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, latents, values), each (P,), sorted by row: where `W_enc x` (`bias`: plus b_enc) lies above a floor,
+        (F,) or a scalar. The product is made with the weights as they are."""
+        pre_BF = self._buffer("all", len(x_BD), len(self.b_enc_F), self.W_enc_FD.dtype)
+        if bias:
+            torch.addmm(self.b_enc_F, x_BD, self.W_enc_FD.t(), out=pre_BF)
+        else:
+            torch.mm(x_BD, self.W_enc_FD.t(), out=pre_BF)
+        row_P, latent_P = (pre_BF > floor_F).nonzero(as_tuple=True)
+        return row_P, latent_P, pre_BF[row_P, latent_P]
+
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """A (rows, width) piece of this thread's buffer: large allocations are the dearest part of a small product."""
         kept: Tensor | None = getattr(self._own, name, None)
         if kept is None or len(kept) < rows:
-            kept = torch.empty(rows, width, dtype=self.screen)
+            kept = torch.empty(rows, width, dtype=dtype or self.screen, device=self.W_enc_FD.device)
             setattr(self._own, name, kept)
         return kept[:rows]

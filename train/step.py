@@ -1,132 +1,126 @@
-"""One training step of a TopK SAE with all gradients written out, and the state it changes.
+"""One training step of an SAE with all gradients written out, and the state it changes.
 
-    f = topk(relu(W_enc (x - b_dec) + b_enc))      y = W_dec^T f + b_dec
-    loss = |x - y|^2 / V + c * |(x - y) - W_dec^T f'|^2 / V'
+    y = W_dec^T f + b_dec      loss = mean over tokens of |x - y|^2 / V  +  sparsity term  +  what revives dead latents
 
-V is the total variance of the data. f' keeps, of the dead latents alone, the `k_aux` largest; the second term, AuxK,
-asks them to explain what the live ones missed, V' being the variance of that (Gao et al. 2024, appendix A.2). Decoder
-rows have length 1: the part of their gradient along the row is taken away before Adam and the length is set after it.
-Inputs are expected at a scale where their total variance is D, so that one learning rate fits any model.
+V is the total variance of the data; f and the sparsity term are those of `train.objectives`, the rest of
+`train.revival`. With Matryoshka prefixes (Bussmann et al. 2025, arXiv 2503.17547) the first term is the mean over the
+prefixes of the dictionary, each reconstructing alone. Decoder rows have length 1: the part of their gradient along the
+row is taken away before Adam and the length is set after it.
 
 Tokens are encoded chunk by chunk, weights updated range by range of latents: a range's gradient is made, used by Adam
 and forgotten while it is in cache. Chunks and ranges are given to threads that each run torch on one core, so that
-nothing waits inside an operation; their number changes no bit of the result.
+nothing waits inside an operation; their number changes no bit of the result. Gradients stay factored, as pairs of token
+and latent, until then; several batches may be kept and updated from at once, as if they had been one.
 
-Shapes: B tokens, C tokens of a chunk, D width of the residual stream, F latents, K kept latents, M dead latents, R a
-range of latents.
+Shapes: B tokens, C tokens of a chunk, D width of the residual stream, F latents (of this process), G prefixes, P pairs,
+N = G * B rows of errors, R a range of latents.
 """
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sae.kernels import Encoder, TokensByLatent, decode_sparse, gather_dot, topk_indices
-from sae.losses import normalise_rows_, project_gradient_, total_variance
+from sae.kernels import Encoder
+from sae.losses import normalise_rows_, project_gradient_
+from train.distributed import ALONE, Team
+from train.gradient import CHUNK, Gradient, batch_gradient
+from train.objectives import BatchTopK, Objective, objective_of
+from train.recipe import Recipe
+from train.revival import restart, revival_factor
+from train.start import first_weights, screening_dtype
 
 A = TypeVar("A")
 T = TypeVar("T")
 
 RANGE = 512
 """Latents updated at a time."""
-
-CHUNK = 256
-"""Tokens encoded at a time."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a step must know, all of it constant over a run."""
-
-    k: int
-    k_aux: int
-    aux_coefficient: float
-    dead_after: int
-    """tokens without activity after which a latent counts as dead"""
-    variance: float
-    """V, of the data at the scale of the inputs"""
-    screen: torch.dtype = torch.float32
-    """precision in which candidates for the k are found; they are scored in float32"""
-
-
-@dataclass(frozen=True)
-class AuxGradient:
-    """AuxK of a batch: the dead latents, what each did and how the loss changes with its pre-activation."""
-
-    dead_M: Tensor
-    acts_BM: Tensor
-    d_pre_BM: Tensor
-    miss_BD: Tensor
-    """gradient by the reconstruction of what the live latents missed"""
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """The gradient of a batch in factored form: weight gradients come range by range from `weights`."""
-
-    by_latent: TokensByLatent
-    acts: Tensor
-    """kept activations times 2 / (B V), in the order of `by_latent`"""
-    d_acts: Tensor
-    """gradient by the kept activations"""
-    error_BD: Tensor
-    """y - x"""
-    centred_BD: Tensor
-    aux: AuxGradient | None
-    b_enc_F: Tensor
-    b_dec_D: Tensor
-
-    def weights(self, first: int, low: int, high: int, out_enc_RD: Tensor, out_dec_RD: Tensor) -> None:
-        """Writes the gradients of both matrices for the range that begins at `first`; low and high as from `edges`."""
-        self.by_latent.product(self.acts, self.error_BD, first, out_dec_RD, low, high)
-        self.by_latent.product(self.d_acts, self.centred_BD, first, out_enc_RD, low, high)
-        if self.aux is not None:
-            bounds = torch.tensor([first, first + len(out_enc_RD)])
-            begin, end = torch.searchsorted(self.aux.dead_M, bounds).tolist()
-            rows = self.aux.dead_M[begin:end] - first
-            out_enc_RD.index_add_(0, rows, self.aux.d_pre_BM[:, begin:end].t() @ self.centred_BD)
-            out_dec_RD.index_add_(0, rows, self.aux.acts_BM[:, begin:end].t() @ self.aux.miss_BD)
+TOGETHER = 16
+"""Ranges whose gradients several processes sum at a time."""
+FOLLOW, GAIN = 0.95, 0.01
+"""Decay of the running L0, and the largest relative step of the coefficient that is steered by it."""
 
 
 class SparseStep:
     """Weights, Adam moments and activity counters of an SAE in training. Use as a context manager: it owns threads."""
 
-    def __init__(self, weights: dict[str, Tensor], recipe: Recipe, threads: int = 1):
-        self.weights, self.recipe, self.threads = weights, recipe, threads
-        self.first_moments = {name: torch.zeros_like(w) for name, w in weights.items()}
-        self.second_moments = {name: torch.zeros_like(w) for name, w in weights.items()}
+    def __init__(
+        self, weights: dict[str, Tensor], recipe: Recipe, variance: float, *, threads: int = 1, team: Team = ALONE
+    ):
+        self.weights, self.recipe, self.variance = weights, recipe, variance
+        self.threads, self.team = threads, team
+        self.objective: Objective = objective_of(recipe, variance)
+        self.learned = ["W_enc", "W_dec"] + [name for name in self.objective.extra if name != "threshold"]
+        self.learned += ["b_enc"] * recipe.learn_b_enc + ["b_dec"] * recipe.learn_b_dec
+        self.first_moments = {name: torch.zeros_like(weights[name]) for name in self.learned}
+        self.second_moments = {name: torch.zeros_like(weights[name]) for name in self.learned}
+        self.mean_weights = {name: w.clone() for name, w in weights.items()} if recipe.ema else {}
         self.updates = torch.zeros(())
+        self.coefficient = torch.tensor([recipe.sparsity, recipe.l0_target], dtype=torch.float64)
+        """coefficient of the sparsity term, and the running L0 by which it is steered"""
         self.d_sae, self.d_in = weights["W_enc"].shape
-        self.silent_F = torch.zeros(self.d_sae, dtype=torch.int64)
+        self.latents = int(team.sum_(torch.tensor(self.d_sae), "shards"))
+        """of all processes"""
+        self.silent_F = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
         """tokens since each latent was last active"""
-        self.encoder = Encoder(weights["W_enc"], weights["b_enc"], screen=recipe.screen)
+        self.fired_F = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
+        """tokens on which each latent was active since somebody set this to 0"""
+        self.encoder = Encoder(weights["W_enc"], weights["b_enc"], screen=screening_dtype(recipe, weights["W_enc"]))
+        first = team.part(self.latents).start
+        edges = torch.tensor(recipe.prefixes or (self.latents,))
+        self.prefixes = len(edges)
+        numbers_F = torch.arange(first, first + self.d_sae)
+        self.prefix_of_F = torch.bucketize(numbers_F, edges, right=True).to(self.device)
+        self.k_aux = recipe.k_aux or max(1, self.d_in // 2)
+        self._pool: ThreadPoolExecutor | None = None
 
     @classmethod
-    def begin(cls, d_sae: int, mean_D: Tensor, recipe: Recipe, seed: int, threads: int = 1) -> "SparseStep":
-        """A fresh start: random directions of length 1 shared by encoder and decoder, `b_dec` at the data's mean."""
-        generator = torch.Generator().manual_seed(seed)
-        directions_FD = normalise_rows_(torch.randn(d_sae, len(mean_D), generator=generator))
-        weights = {"W_enc": directions_FD, "W_dec": directions_FD.clone()}
-        return cls(weights | {"b_enc": torch.zeros(d_sae), "b_dec": mean_D.clone()}, recipe, threads)
+    def begin(
+        cls,
+        d_sae: int,
+        mean_D: Tensor,
+        recipe: Recipe,
+        seed: int,
+        *,
+        variance: float,
+        threads: int = 1,
+        team: Team = ALONE,
+        sample_ND: Tensor | None = None,
+        device: str = "cpu",
+    ) -> SparseStep:
+        """A fresh start: decoder rows as `recipe.directions` says, `b_dec` at `mean_D`. With `sample_ND` the kinds
+        without k begin with about `recipe.initial_l0` latents on at a token, each as often as any other."""
+        weights = first_weights(d_sae, mean_D, recipe, seed, variance, team, sample_ND, device)
+        return cls(weights, recipe, variance, threads=threads, team=team)
 
-    def __enter__(self) -> "SparseStep":
+    @property
+    def device(self) -> torch.device:
+        return self.weights["W_enc"].device
+
+    def __enter__(self) -> SparseStep:
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(self.threads)
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
+        self._pool = None
         torch.set_num_threads(self._threads_before)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a later step depends on, for a checkpoint."""
+        """Everything a later step depends on, for a checkpoint; under `latents`, of this process's slice."""
         moments = {f"first.{name}": m for name, m in self.first_moments.items()}
         moments |= {f"second.{name}": m for name, m in self.second_moments.items()}
-        return self.weights | moments | {"updates": self.updates, "silent": self.silent_F}
+        moments |= {f"mean.{name}": m for name, m in self.mean_weights.items()}
+        counters = {"updates": self.updates, "coefficient": self.coefficient}
+        return self.weights | moments | counters | {"silent": self.silent_F, "fired": self.fired_F}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` gave."""
@@ -134,95 +128,179 @@ class SparseStep:
             own.copy_(state[name])
         self.encoder.refresh(0, self.d_sae)
 
-    def encode(self, centred_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """(indices, activations), each (C, K), unordered, of inputs from which `b_dec` is already taken."""
-        indices_CK, pre_CK = self.encoder.topk(centred_CD, self.recipe.k)
-        return indices_CK, pre_CK.relu_()
-
-    def reconstruct(self, indices_CK: Tensor, acts_CK: Tensor) -> Tensor:
-        """The reconstruction (C, D), without `b_dec`."""
-        return decode_sparse(indices_CK, acts_CK, self.weights["W_dec"])
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights of the finished SAE, the running mean where there is one; jumprelu with its `threshold`."""
+        weights = dict(self.mean_weights or self.weights)
+        if "log_threshold" in weights:
+            weights["threshold"] = weights.pop("log_threshold").exp()
+        return weights
 
     def for_chunks(self, work: Callable[[slice], T], tokens: int) -> list[T]:
         """The results of `work` on each chunk of `tokens` tokens, in order."""
-        return self._each(work, [slice(i, min(i + CHUNK, tokens)) for i in range(0, tokens, CHUNK)])
+        return self.each(work, [slice(i, min(i + CHUNK, tokens)) for i in range(0, tokens, CHUNK)])
 
-    def _each(self, work: Callable[[A], T], items: Iterable[A]) -> list[T]:
+    def each(self, work: Callable[[A], T], items: Iterable[A]) -> list[T]:
+        assert self._pool is not None, "a step works inside `with`"
         return list(self._pool.map(work, items))
 
-    def gradient(self, x_BD: Tensor) -> Gradient:
-        """The gradient of the loss on a batch. Changes nothing."""
-        w, k, batch = self.weights, self.recipe.k, len(x_BD)
-        scale = 2 / (batch * self.recipe.variance)
-        centred_BD, error_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
-        indices_BK = torch.empty(batch, k, dtype=torch.int64)
-        acts_BK, d_acts_BK = torch.empty(batch, k), torch.empty(batch, k)
+    def gradient(self, x_BD: Tensor, *, k: int | None = None, coefficient: float | None = None) -> Gradient:
+        """The gradient of the loss on the rows of this process. `k` and `coefficient` stand in for the recipe's.
 
-        def run(chunk: slice) -> None:
-            torch.sub(x_BD[chunk], w["b_dec"], out=centred_BD[chunk])
-            indices_BK[chunk], acts_BK[chunk] = self.encode(centred_BD[chunk])
-            y_CD = self.reconstruct(indices_BK[chunk], acts_BK[chunk])
-            torch.sub(y_CD, centred_BD[chunk], out=error_BD[chunk])
-            d_acts_BK[chunk] = gather_dot(error_BD[chunk], w["W_dec"], indices_BK[chunk]).mul_(acts_BK[chunk] > 0)
+        Changes no state. Raises `TrainError` where the loss is not finite."""
+        strength = float(self.coefficient[0]) if coefficient is None else coefficient
+        return batch_gradient(self, x_BD, self.recipe.k if k is None else k, strength)
 
-        self.for_chunks(run, batch)
-        d_acts_BK.mul_(scale)
-        flat = indices_BK.view(-1)
-        d_b_enc_F = torch.bincount(flat, weights=d_acts_BK.view(-1), minlength=self.d_sae).float()
-        aux = self._aux_gradient(centred_BD, error_BD)
-        if aux is not None:
-            d_b_enc_F.index_add_(0, aux.dead_M, aux.d_pre_BM.sum(0))
-        d_b_dec_D = error_BD.sum(0).mul_(scale).sub_(d_b_enc_F @ w["W_enc"])
-        by_latent = TokensByLatent(indices_BK, self.d_sae)
-        acts, d_acts = by_latent.sort(acts_BK), by_latent.sort(d_acts_BK)
-        return Gradient(by_latent, acts.mul_(scale), d_acts, error_BD, centred_BD, aux, d_b_enc_F, d_b_dec_D)
+    def update(self, gradients: Gradient | Sequence[Gradient], lr: float) -> float:
+        """One step of Adam on all weights and the count of silent tokens; the norm of the gradient.
 
-    def _aux_gradient(self, centred_BD: Tensor, error_BD: Tensor) -> AuxGradient | None:
-        dead_M = (self.silent_F >= self.recipe.dead_after).nonzero().squeeze(1)
-        if not len(dead_M) or not self.recipe.aux_coefficient:
-            return None
-        W_enc_MD, W_dec_MD = self.weights["W_enc"][dead_M], self.weights["W_dec"][dead_M]
-        b_enc_M, k_aux = self.weights["b_enc"][dead_M], min(self.recipe.k_aux, len(dead_M))
-        scale = 2 * self.recipe.aux_coefficient / (len(centred_BD) * float(total_variance(error_BD)))
-        acts_BM, d_pre_BM = torch.zeros(2, len(centred_BD), len(dead_M))
-        miss_BD = torch.empty_like(error_BD)
-
-        def run(chunk: slice) -> None:
-            pre_CM = torch.addmm(b_enc_M, centred_BD[chunk], W_enc_MD.t())
-            kept_CK = topk_indices(pre_CM, k_aux)
-            acts_CM = acts_BM[chunk].scatter_(1, kept_CK, pre_CM.gather(1, kept_CK).relu_())
-            miss_CD = torch.addmm(error_BD[chunk], acts_CM, W_dec_MD).mul_(scale)  # the target is -error
-            torch.mm(miss_CD, W_dec_MD.t(), out=d_pre_BM[chunk]).mul_(acts_CM > 0)
-            miss_BD[chunk] = miss_CD
-
-        self.for_chunks(run, len(centred_BD))
-        return AuxGradient(dead_M, acts_BM, d_pre_BM, miss_BD)
-
-    def update(self, gradient: Gradient, lr: float) -> None:
-        """One step of Adam on all weights, and the count of silent tokens."""
+        Several gradients count as one of all their tokens (for batchtopk but for the choice made in each).
+        """
+        parts = [gradients] if isinstance(gradients, Gradient) else list(gradients)
+        tokens = sum(part.tokens for part in parts) * self.team.readers
+        scale = 2 / (tokens * self.variance)
+        revivals = [part.revival for part in parts if part.revival is not None]
+        aux, aux_loss = revival_factor(self.recipe, revivals, self.variance, self.team) if revivals else (0.0, 0.0)
+        if revivals:
+            parts[0].losses["aux"] = aux_loss
+        small = self._small_gradients(parts, aux, scale)
+        self._count(parts, tokens)
         self.updates.add_(1)
-        self.silent_F.add_(len(gradient.error_BD))
-        self.silent_F[gradient.by_latent.latents(gradient.acts > 0)] = 0
-        self._adam({"b_enc": gradient.b_enc_F, "b_dec": gradient.b_dec_D}, lr, slice(None))
-        edges = gradient.by_latent.edges(RANGE)
+        edges = [part.by_latent.edges(RANGE) for part in parts]
+        ranges = range(len(edges[0]) - 1)
+        norms: list[Tensor] = []
 
-        def run(number: int) -> None:
+        def weigh(number: int) -> tuple[Tensor, Tensor]:
             rows = slice(number * RANGE, min((number + 1) * RANGE, self.d_sae))
-            W_dec_RD = self.weights["W_dec"][rows]
-            grad_enc_RD, grad_dec_RD = torch.empty_like(W_dec_RD), torch.empty_like(W_dec_RD)
-            gradient.weights(rows.start, edges[number], edges[number + 1], grad_enc_RD, grad_dec_RD)
-            project_gradient_(grad_dec_RD, W_dec_RD)
-            self._adam({"W_enc": grad_enc_RD, "W_dec": grad_dec_RD}, lr, rows)
-            normalise_rows_(W_dec_RD)
-            self.encoder.refresh(rows.start, rows.stop)
+            enc_RD, dec_RD = self.weights["W_enc"].new_zeros(2, rows.stop - rows.start, self.d_in)
+            for part, edge in zip(parts, edges, strict=True):
+                low, high, pairs = edge[number], edge[number + 1], part.by_latent
+                pairs.add_product(part.f_P, part.errors_ND, rows.start, dec_RD, low, high, part.column_P)
+                pairs.add_product(part.product_P, part.centred_BD, rows.start, enc_RD, low, high, pairs.token_P)
+                if part.revival is not None:
+                    part.revival.add_weights(rows.start, aux, part.centred_BD, enc_RD, dec_RD)
+            return enc_RD.mul_(scale), dec_RD.mul_(scale)
 
-        self._each(run, range(len(edges) - 1))
+        def project(number: int, grads: tuple[Tensor, Tensor]) -> Tensor:
+            rows = slice(number * RANGE, number * RANGE + len(grads[0]))
+            if self.recipe.project:
+                project_gradient_(grads[1], self.weights["W_dec"][rows])
+            return sum((torch.linalg.vector_norm(grad).double().pow(2) for grad in grads), torch.zeros(()))
+
+        def apply(number: int, grads: tuple[Tensor, Tensor]) -> None:
+            rows = slice(number * RANGE, number * RANGE + len(grads[0]))
+            self._adam({"W_enc": grads[0], "W_dec": grads[1]}, lr, rows)
+            if self.recipe.unit_norm:
+                normalise_rows_(self.weights["W_dec"][rows])
+            self.encoder.refresh(rows.start, rows.stop)
+            for name in ("W_enc", "W_dec") if self.mean_weights else ():
+                self.mean_weights[name][rows].lerp_(self.weights[name][rows], 1 - self.recipe.ema)
+
+        def at_once(number: int) -> None:
+            grads = weigh(number)
+            norms.append(project(number, grads))
+            apply(number, grads)
+
+        others = sum(float(grad.double().pow(2).sum()) for name, grad in small.items() if name != "b_dec")
+        if self.team.readers == 1 and not self.recipe.clip:
+            self._adam_small(small, lr)
+            self.each(at_once, ranges)
+        else:
+            kept: list[tuple[Tensor, Tensor]] = []
+            for start in range(0, len(ranges), TOGETHER):
+                some = self.each(weigh, ranges[start : start + TOGETHER])
+                for grads in some:
+                    self.team.sum_(grads[0], "readers")
+                    self.team.sum_(grads[1], "readers")
+                numbers = list(ranges[start : start + TOGETHER])
+                norms += self.each(lambda pair: project(*pair), zip(numbers, some, strict=True))
+                if self.recipe.clip:
+                    kept += some
+                else:
+                    self.each(lambda pair: apply(*pair), zip(numbers, some, strict=True))
+            norm = self._norm(norms, others, small)
+            if self.recipe.clip:
+                shrink = min(1.0, self.recipe.clip / max(norm, 1e-30))
+                for grad in (*small.values(), *(grad for grads in kept for grad in grads)):
+                    grad.mul_(shrink)
+                self.each(lambda pair: apply(*pair), zip(ranges, kept, strict=True))
+            self._adam_small(small, lr)
+            self.encoder.refresh(0, self.d_sae)
+            return norm
+        return self._norm(norms, others, small)
+
+    def _norm(self, norms: list[Tensor], others: float, small: dict[str, Tensor]) -> float:
+        """Length of the whole gradient."""
+        squares = self.team.sum_(torch.stack(norms).sum() + others, "shards")
+        b_dec = float(small["b_dec"].double().pow(2).sum()) if "b_dec" in small else 0.0
+        return math.sqrt(float(squares) + b_dec)
+
+    def _small_gradients(self, parts: list[Gradient], aux: float, scale: float) -> dict[str, Tensor]:
+        """Gradients of the vectors among the weights."""
+        b_enc_F = torch.stack([part.b_enc_F for part in parts]).sum(0)
+        product_F = torch.zeros_like(b_enc_F)
+        for part in parts:
+            product_F.index_add_(0, part.by_latent.latent_P.long(), part.product_P)
+            if part.revival is not None:
+                silent_M = part.revival.d_pre_BM.sum(0) * aux
+                b_enc_F.index_add_(0, part.revival.dead_M, silent_M)
+                product_F.index_add_(0, part.revival.dead_M, silent_M)
+        small = {name: torch.stack([part.extra[name] for part in parts]).sum(0) for name in parts[0].extra}
+        if self.recipe.learn_b_enc:
+            small["b_enc"] = b_enc_F
+        for grad_F in small.values():
+            self.team.sum_(grad_F, "readers")
+        if self.recipe.learn_b_dec:
+            error_D = torch.stack([part.errors_ND[: part.tokens].sum(0) for part in parts]).sum(0)
+            through_D = self.team.sum_(product_F @ self.weights["W_enc"], "shards")
+            small["b_dec"] = self.team.sum_(error_D - through_D, "readers")
+        return {name: grad.mul_(scale) for name, grad in small.items()}
+
+    def _adam_small(self, small: dict[str, Tensor], lr: float) -> None:
+        if small:
+            self._adam(small, lr, slice(None))
+        for name, mean in self.mean_weights.items():
+            if name not in ("W_enc", "W_dec"):
+                mean.lerp_(self.weights[name], 1 - self.recipe.ema)
+
+    def _count(self, parts: list[Gradient], tokens: int) -> None:
+        """Activity of the latents, batchtopk's threshold, and the coefficient that is steered to an L0."""
+        counts_F = torch.zeros_like(self.fired_F)
+        for part in parts:
+            counts_F += torch.bincount(part.by_latent.latent_P[part.f_P > 0], minlength=self.d_sae)
+        self.team.sum_(counts_F, "readers")
+        self.fired_F += counts_F
+        self.silent_F.add_(tokens).masked_fill_(counts_F > 0, 0)
+        if isinstance(self.objective, BatchTopK):
+            smallest = torch.stack([torch.where(part.f_P > 0, part.f_P, math.inf).min() for part in parts]).min()
+            self.objective.follow(self.weights, -self.team.gather(-smallest[None]).max())
+        if self.recipe.l0_target:
+            self._steer(sum(part.active for part in parts) / tokens)
+
+    def _steer(self, l0: float) -> None:
+        """Moves the coefficient towards the L0 asked for: up while more latents are on, down while fewer."""
+        coefficient, running = self.coefficient.tolist()
+        running = FOLLOW * running + (1 - FOLLOW) * l0
+        wrong = math.log(max(running, 1e-3) / self.recipe.l0_target)
+        self.coefficient[0] = coefficient * math.exp(GAIN * max(-1.0, min(1.0, wrong)))
+        self.coefficient[1] = running
+
+    def resample(self, x_BD: Tensor, seed: int) -> int:
+        """Starts dead latents again at rows of x that are badly reconstructed; how many (`train.revival.restart`)."""
+        gradient = self.gradient(x_BD)
+        dead_F = self.silent_F >= self.recipe.dead_after
+        moments = [self.first_moments, self.second_moments]
+        count = restart(self.weights, moments, dead_F, gradient.centred_BD, gradient.error_BD, seed, self.team)
+        self.silent_F.masked_fill_(dead_F, 0)
+        self.encoder.refresh(0, self.d_sae)
+        return count
 
     def _adam(self, gradients: dict[str, Tensor], lr: float, rows: slice) -> None:
         def taken(tensors: dict[str, Tensor]) -> list[Tensor]:
             return [tensors[name][rows] for name in gradients]
 
-        torch._fused_adam_(
+        recipe = self.recipe
+        fused = torch._fused_adamw_ if recipe.weight_decay else torch._fused_adam_
+        fused(
             taken(self.weights),
             list(gradients.values()),
             taken(self.first_moments),
@@ -230,10 +308,10 @@ class SparseStep:
             [],
             [self.updates] * len(gradients),
             lr=lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=6.25e-10,  # of Gao et al.: their gradients, like these, are far below the usual 1e-8
+            beta1=recipe.beta1,
+            beta2=recipe.beta2,
+            weight_decay=recipe.weight_decay,
+            eps=recipe.eps,
             amsgrad=False,
             maximize=False,
         )
