@@ -166,7 +166,7 @@ def negative_share(b_enc_F: Array) -> float:
 
 def draw_speed(entries: Sequence[Entry]) -> Figure | None:
     """Learning rate, tokens a second, and the wait for data."""
-    figure, (left, middle, right) = _figure(("learning rate", "tokens a second", "wait for data"))
+    figure, (left, middle, right) = _figure(("learning rate", "tokens a second", "share of the time waiting for data"))
     drawn = [_line(left, series(entries, "lr"), BLUE), _line(middle, series(entries, "tokens_per_second"), GREEN)]
     drawn.append(_line(right, series(entries, "loader_wait"), ORANGE))
     return _done(figure, any(drawn), zero=(left, middle, right))

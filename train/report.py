@@ -95,7 +95,11 @@ def report(run: Path, out: Path | None = None) -> Path:
     _activity(page, run / "activity", config)
     _density(page, entries)
     _bias(page, run)
-    page.add("speed", "Learning rate, speed, and the time the trainer waited for data.", draw_speed(entries))
+    page.add(
+        "speed",
+        "Learning rate, speed, and the share of the time in which the trainer waited for data.",
+        draw_speed(entries),
+    )
     out.mkdir(parents=True, exist_ok=True)
     for name, _, image in page.pictures:
         _write(out / f"{name}.png", image)
@@ -197,14 +201,16 @@ def _setting(config: dict[str, Any], name: str) -> Any:
 
 def _density(page: _Page, entries: list[Entry]) -> None:
     held = [entry for entry in entries if isinstance(entry.get("density"), dict)]
-    figure, step = None, 0
+    figure, step, never = None, 0, ""
     if held:
         step = held[-1]["step"]
+        if (count := number(held[-1]["density"].get("never"))) is not None:
+            never = f" {count:,.0f} never were, and are not in the picture."
         try:
             figure = draw_density(held[-1]["density"]["edges"], held[-1]["density"]["counts"])
         except (KeyError, TypeError, ValueError):
             page.notes.append(f"The density of step {step} is not a histogram.")
-    page.add("density", f"How often each latent is active, at step {step:,}.", figure)
+    page.add("density", f"How often each latent was active before step {step:,}.{never}", figure)
 
 
 def _bias(page: _Page, run: Path) -> None:
@@ -217,17 +223,19 @@ def _bias(page: _Page, run: Path) -> None:
 def read_b_enc(run: Path) -> tuple[Array, str]:
     """The encoder's bias, (F,) float64, of the finished SAE or else of the newest checkpoint that is whole, and which
     it is; empty if there is neither. A checkpoint's is at the scale of the trainer's inputs."""
-    kept = sorted((run / "checkpoints").glob("*.safetensors"), reverse=True)
-    for file in (run / "sae" / "sae.safetensors", *kept):
+    kept = [file for file in (run / "checkpoints").glob("*.safetensors") if file.stem.isdecimal()]
+    for file in (run / "sae" / "sae.safetensors", *sorted(kept, reverse=True)):
         try:
-            with safe_open(file, framework="pt") as stored:
-                b_enc_F: Array = stored.get_tensor("b_enc").double().reshape(-1).numpy()
-        except (SafetensorError, OSError, KeyError):
+            parts, slices = [], 1
+            while len(parts) < slices:  # a dictionary spread over processes has a file for each
+                name = f"{file.stem}.{len(parts)}.safetensors" if parts else file.name
+                with safe_open(file.with_name(name), framework="pt") as stored:
+                    slices = int((stored.metadata() or {}).get("shards", 1))
+                    parts.append(stored.get_tensor("b_enc").double().reshape(-1).numpy())
+        except (SafetensorError, OSError, KeyError, ValueError):
             continue
-        return (
-            b_enc_F,
-            "of the finished SAE" if file.parent.name == "sae" else f"at step {file.stem.lstrip('0') or '0'}",
-        )
+        where = "of the finished SAE" if file.parent.name == "sae" else f"at step {int(file.stem):,}"
+        return np.concatenate(parts), where
     return np.empty(0), ""
 
 

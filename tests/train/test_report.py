@@ -89,7 +89,7 @@ def entries(steps: int = 200) -> list[dict[str, Any]]:
         entry |= {"losses": {"reconstruction": 0.9 * loss, "aux": 0.1 * loss, "sparsity": 0.0}, "fvu": loss, "l0": 32.0}
         entry |= {"dead": 0.1, "grad_norm": 0.5, "lr": 1e-3, "tokens_per_second": 9000.0, "loader_wait": 0.01}
         if number % 50 == 0:
-            entry |= {"held_out_fvu": loss, "density": {"edges": [1e-4, 1e-3, 1e-2], "counts": [3, 5]}}
+            entry |= {"held_out_fvu": loss, "density": {"edges": [-4, -3, -2], "counts": [3, 5], "never": 7}}
         found.append(entry)
     return found
 
@@ -136,7 +136,15 @@ def test_a_whole_run_gives_every_picture_and_a_page_that_stands_alone(tmp_path: 
     read = Reading(page.read_text())
     assert len(read.links) == len(PICTURES) and all(link.startswith("data:image/png;base64,") for link in read.links)
     assert "script" not in read.tags
-    for fact in ("not finished", "2,000 of 2,000", "loss floor0.1 (0.1 to 0.1", "births0", "deaths2", "50.00%"):
+    for fact in (
+        "not finished",
+        "2,000 of 2,000",
+        "loss floor0.1 (0.1 to 0.1",
+        "births0",
+        "deaths2",
+        "50.00%",
+        "7 never were",
+    ):
         assert fact in read.text.replace("\n", "")
 
 
@@ -224,11 +232,20 @@ def test_b_enc_comes_from_the_sae_else_from_the_newest_whole_checkpoint(tmp_path
     run = make_run(tmp_path / "run")
     (run / "checkpoints" / "000003000.safetensors").write_bytes(b"cut short")
     b_enc_F, where = read_b_enc(run)
-    assert b_enc_F.tolist() == [-1, -2, 0, 3] and where == "at step 2000" and negative_share(b_enc_F) == 0.5
+    assert b_enc_F.tolist() == [-1, -2, 0, 3] and where == "at step 2,000" and negative_share(b_enc_F) == 0.5
     (run / "sae").mkdir()
     save_file({"b_enc": torch.tensor([1.0])}, run / "sae" / "sae.safetensors")
     assert read_b_enc(run)[0].tolist() == [1] and "finished" in read_b_enc(run)[1]
     assert len(read_b_enc(tmp_path / "none")[0]) == 0
+
+
+def test_the_slices_of_a_dictionary_are_put_together(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for rank, name in enumerate(("000003000.safetensors", "000003000.1.safetensors")):
+        save_file({"b_enc": torch.full((2,), float(rank))}, run / "checkpoints" / name, {"shards": "2"})
+    assert read_b_enc(run)[0].tolist() == [0, 0, 1, 1]
+    (run / "checkpoints" / "000003000.1.safetensors").unlink()
+    assert read_b_enc(run)[1] == "at step 2,000"
 
 
 def test_a_series_holds_what_is_a_number() -> None:
