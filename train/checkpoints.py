@@ -2,7 +2,7 @@
 
 A file is written under a temporary name and moved into place, so that a name without `.tmp` is a whole file. Where the
 dictionary is spread over processes each writes the file of its slice (`STEP.RANK.safetensors`, the first one last): a
-step counts once all can read their part of it. Plain numbers ride in the header as JSON, which gives back the same bits.
+step counts once all can read their part of it. Plain numbers ride in the header as JSON, which keeps every bit.
 """
 
 import contextlib

@@ -64,10 +64,10 @@ class TrainConfig(Recipe):
     """share of the steps in which it does"""
     sparsity_warmup: float = 0.05
     """share of the steps in which the coefficient of the sparsity term rises from 0"""
-    scale: Literal["none", "variance", "norm", "layer_norm", "unit_norm"] = "variance"
-    """what is done to the inputs: see `train.preprocess.InputScale`"""
-    center: Literal["mean", "median", "none"] = "mean"
-    """where the decoder's bias starts: at the mean or the geometric median of the inputs, or at 0"""
+    scale: Literal["auto", "none", "variance", "norm", "layer_norm", "unit_norm"] = "auto"
+    """what is done to the inputs (`train.preprocess.InputScale`); auto: as `steer preprocess` planned, else variance"""
+    center: Literal["auto", "mean", "median", "none"] = "auto"
+    """where the decoder's bias starts: mean or geometric median of the inputs, or 0; auto: as planned, else the mean"""
     held_out: float = 0.0
     """share of the rows that are not trained on, for evaluations; 0 leaves it to what the data say themselves"""
     resample_every: int = 0
@@ -109,6 +109,14 @@ class TrainConfig(Recipe):
         """A small SAE from a few minutes of training, every default chosen."""
         return cls.of("quick")
 
+    def planned(self, scale: Any, center: Any) -> TrainConfig:
+        """This config with scale and centre, where they are left open, as a plan of the data has them."""
+        return replace(
+            self,
+            scale=scale if self.scale == "auto" else self.scale,
+            center=center if self.center == "auto" else self.center,
+        )
+
     def resolve(self, d_in: int, rows: int) -> TrainConfig:
         """This config with nothing left open, for `rows` rows of width `d_in`. Raises `TrainError` as `check` does."""
         latents = self.latents or self.expansion * d_in
@@ -122,6 +130,8 @@ class TrainConfig(Recipe):
             k_aux=self.k_aux or max(1, d_in // 2),
             dead_after=dead_after,
             resample_every=self.resample_every or dead_after,
+            scale="variance" if self.scale == "auto" else self.scale,
+            center="mean" if self.center == "auto" else self.center,
             screen=_fast_screen() if self.screen == "auto" else self.screen,
         )
         full.check(latents)

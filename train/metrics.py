@@ -1,9 +1,18 @@
-"""`metrics.jsonl`: one JSON object a line, appended as training goes, read by whoever watches. No torch here."""
+"""What a run tells and is told while it goes on. No torch here.
+
+`metrics.jsonl` holds one JSON object a line, appended as training goes, read by whoever watches. `control` is written
+by whoever wants something of the run, one word a line, and taken away by the run when it obeys.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from train.errors import TrainError
+
+WORDS = ("stop", "checkpoint")
+"""What a run can be told: save and end; save and go on."""
 
 
 def append_metrics(file: Path, entry: dict[str, Any]) -> None:
@@ -31,3 +40,27 @@ def cut_metrics(file: Path, last_step: int) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     temporary.replace(file)
+
+
+def tell(run: Path, word: str) -> None:
+    """Asks the run in the folder `run` to do something once its step is finished. Raises `TrainError` if none is."""
+    assert word in WORDS, word
+    if not (run / "config.toml").is_file():
+        raise TrainError(f"{run} holds no run (no config.toml)", "give the folder that `steer train --out` was given")
+    with (run / "control").open("a", encoding="utf-8") as handle:
+        handle.write(word + "\n")
+
+
+def obey(run: Path) -> set[str]:
+    """The words the run was told since it last asked; it asks at every step, so no word costs one look at a file."""
+    file = run / "control"
+    try:
+        if not file.stat().st_size:
+            return set()
+        taken = file.with_name(file.name + ".taken")
+        file.replace(taken)  # a word that comes now goes into a new file
+        told = set(taken.read_text(encoding="utf-8", errors="replace").split())
+        taken.unlink()
+    except FileNotFoundError:
+        return set()
+    return told.intersection(WORDS)

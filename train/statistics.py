@@ -1,51 +1,74 @@
-"""What a finished SAE does on rows of its own training data: statistics of each latent, FVU and L0.
+"""What a finished SAE does on rows of activations: statistics of each latent, FVU and L0.
 
-Shapes: C rows of a chunk, D width of the residual stream, F latents, K kept latents, N rows.
+Chunks go to threads that each run torch on one core: a chunk's pre-activations of all latents are all that is held.
+
+Shapes: C rows of a chunk, D width of the rows, F latents, K kept latents, N rows.
 """
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sae.checkpoint import Stats
-from train.shards import ShardReader
-from train.step import SparseStep
+from sae.model import SAE
+from train.errors import TrainError
 
-READ_ROWS = 1 << 14
-"""Rows read at a time."""
+HELD = 1 << 22
+"""Pre-activations that a chunk may have."""
 
 
-def measure(state: SparseStep, reader: ShardReader, scale: float, rows: int) -> tuple[Stats, float, float]:
-    """(statistics in the model's own units, FVU, L0) over up to `rows` rows, none read twice.
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` found, in the units of the rows."""
 
-    `state` must be entered; its inputs are the rows divided by `scale`.
+    stats: Stats
+    fvu: float
+    l0: float
+
+
+def measure(sae: SAE, parts: Iterable[Tensor], threads: int = 1) -> Measured:
+    """Statistics of the latents, FVU and L0 of `sae` over all rows of `parts`, each (N, D), in the SAE's own units.
+
+    Raises `TrainError` where there is no row, or a number that is none.
     """
-    rows = min(rows, reader.rows)
-    d_sae, b_dec_D = state.d_sae, state.weights["b_dec"]
-    max_F, sum_F, count_F = torch.zeros(d_sae), torch.zeros(d_sae, dtype=torch.float64), torch.zeros(d_sae)
-    sum_D = torch.zeros(reader.d_in, dtype=torch.float64)
+    d_sae = sae.config.d_sae
+    max_F, count_F = torch.zeros(d_sae), torch.zeros(d_sae, dtype=torch.int64)
+    sum_F = torch.zeros(d_sae, dtype=torch.float64)
+    sum_D = torch.zeros(sae.config.d_in, dtype=torch.float64)
     squares = squared_error = 0.0
     norms: list[Tensor] = []
-    for start in range(0, rows, READ_ROWS):
-        x_ND = reader.batch(start, min(READ_ROWS, rows - start))
-        norms.append(torch.linalg.vector_norm(x_ND, dim=1))
-        x_ND.div_(scale)
+    size = max(1, min(256, HELD // d_sae))
 
-        def run(chunk: slice, x_ND: Tensor = x_ND) -> tuple[Tensor, Tensor, float]:
-            centred_CD = x_ND[chunk] - b_dec_D
-            indices_CK, acts_CK = state.encode(centred_CD)
-            error_CD = state.reconstruct(indices_CK, acts_CK) - centred_CD
-            return indices_CK, acts_CK, float(error_CD.double().pow(2).sum())
+    def run(x_CD: Tensor) -> tuple[Tensor, Tensor, float]:
+        latents = sae.encode(x_CD)
+        error = (sae.decode(latents) - x_CD).double().pow(2).sum()
+        on = latents.values > 0
+        return latents.indices[on], latents.values[on], float(error)
 
-        results = state.for_chunks(run, len(x_ND))
-        indices = torch.cat([found for found, _, _ in results]).view(-1)
-        acts = torch.cat([found for _, found, _ in results]).view(-1)
-        squared_error += sum(error for _, _, error in results)
-        max_F.scatter_reduce_(0, indices, acts, "amax")
-        sum_F += torch.bincount(indices, weights=acts.double(), minlength=d_sae)
-        count_F += torch.bincount(indices[acts > 0], minlength=d_sae)
-        sum_D += x_ND.double().sum(0)
-        squares += float(x_ND.double().pow(2).sum())
-    variance = squares - float(sum_D.pow(2).sum()) / rows
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for x_ND in parts:
+                norms.append(torch.linalg.vector_norm(x_ND, dim=1))
+                results = list(pool.map(run, torch.split(x_ND, size)))
+                indices = torch.cat([found for found, _, _ in results])
+                acts = torch.cat([found for _, found, _ in results]).float()
+                squared_error += sum(error for _, _, error in results)
+                max_F.scatter_reduce_(0, indices, acts, "amax")
+                sum_F += torch.bincount(indices, weights=acts.double(), minlength=d_sae)
+                count_F += torch.bincount(indices, minlength=d_sae)
+                sum_D += x_ND.double().sum(0)
+                squares += float(x_ND.double().pow(2).sum())
+    finally:
+        torch.set_num_threads(before)
+    rows = sum(len(part) for part in norms)
+    variance = squares - float(sum_D.pow(2).sum()) / max(rows, 1)
+    if not (rows and variance > 0 and squared_error < float("inf")):
+        raise TrainError(f"the SAE cannot be measured on {rows} rows of variance {variance}, error {squared_error}")
     mean_on_F = (sum_F / count_F.clamp(min=1)).float()
-    stats = Stats(max_F * scale, mean_on_F * scale, count_F / rows, float(torch.cat(norms).median()), rows)
-    return stats, squared_error / variance, float(count_F.sum()) / rows
+    stats = Stats(max_F, mean_on_F, count_F.float() / rows, float(torch.cat(norms).median()), rows)
+    return Measured(stats, squared_error / variance, int(count_F.sum()) / rows)

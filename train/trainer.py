@@ -1,152 +1,62 @@
-"""Trains a TopK SAE on captured activations: `RUN/config.toml`, `metrics.jsonl`, `checkpoints/`, and at the end `sae/`.
+"""Trains SAEs on rows of activations: `RUN/config.toml`, `metrics.jsonl`, `activity/`, `checkpoints/`, and at the end
+`sae/`.
 
 The run's folder is the whole truth. Its config holds every choice, defaults filled in; a checkpoint holds weights,
-moments, counters and the random state, and the number of steps fixes the rows that come next. Killing the process
-loses at most the steps since the last checkpoint, and the resumed run ends in the same bits as an unbroken one.
+moments, counters, random state and what the trainer itself counts, and the number of steps fixes the rows that come
+next. Killing the process loses at most the steps since the last checkpoint, and the resumed run ends in the same bits
+as an unbroken one. A `Trainer` is one run; `run_together` drives one or several of them over the same rows, each batch
+read once.
 
-Inputs are divided by one number, so that their total variance is D, and the weights are multiplied back at the end:
-the SAE on disk reads the model's own residuals.
+The SAE on disk reads the model's own residuals: a factor on the inputs is multiplied into its biases and thresholds at
+the end, a scaling of each token is written into its config.
 
-Shapes: B tokens, D width of the residual stream, F latents.
+Shapes: B tokens, D width of the rows, F latents, N rows.
 """
 
 import hashlib
 import json
 import math
-import os
-import time
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.checkpoint import load_sae, save_sae
 from sae.losses import total_variance
 from sae.model import SAE, SAEConfig
+from train.activity import ActivityLog
+from train.checkpoints import Checkpoints
+from train.config import TrainConfig, check_same, read_run, write_run
+from train.distributed import ALONE, Team
 from train.errors import TrainError
-from train.metrics import append_metrics, cut_metrics
-from train.shards import ShardReader, read_manifest
+from train.log import Log
+from train.metrics import append_metrics, cut_metrics, obey
+from train.preprocess import PER_TOKEN, InputScale, geometric_median, plan_of
+from train.reader import Source, open_source
+from train.recipe import COUNTED
+from train.signals import StoppedError, stop_on_signals
 from train.statistics import measure
-from train.step import Recipe, SparseStep
+from train.step import SparseStep
+
+Progress = Callable[[dict[str, Any]], None]
 
 SAMPLE_ROWS = 1 << 15
 """Rows from which mean and scale of the data are taken."""
-
-KEPT_CHECKPOINTS = 2
+MEDIAN_ROWS = 1 << 13
+"""Rows from which the geometric median is taken."""
+EVALUATED_ROWS = 1 << 13
+"""Held-out rows, at most, on which FVU is measured while training."""
+READ_ROWS = 1 << 14
+"""Rows read at a time for the statistics of the finished SAE."""
 DEAD_WINDOW = 1_000_000
 """A latent is reported dead when it was not active in this many training tokens, or in all if there were fewer."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What a run does. 0 (or "auto") stands for a value chosen from the data and the machine when the run begins."""
-
-    latents: int = 0
-    """width of the SAE; by default 16 times that of the residual stream"""
-    k: int = 32
-    """latents kept at each token"""
-    tokens: int = 0
-    """training tokens; may exceed the rows captured, which are then read again in another order; by default 4 M"""
-    batch: int = 1024
-    """tokens in one step"""
-    lr: float = 0.0
-    """peak learning rate; by default `default_rate`"""
-    warmup: float = 0.02
-    """share of the steps in which the rate rises from 0"""
-    decay: float = 0.2
-    """share of the steps, the last, in which the rate falls to 0"""
-    k_aux: int = 0
-    """dead latents that explain a token's error together; by default half the width of the residual stream"""
-    aux_coefficient: float = 1 / 32
-    """weight of that in the loss; 0 switches it off"""
-    dead_after: int = 0
-    """tokens of silence after which a latent is revived; by default 1 M, or a tenth of the run if that is less"""
-    seed: int = 0
-    """of the first weights and of the order of rows"""
-    checkpoint_every: int = 500
-    """steps"""
-    log_every: int = 10
-    """steps"""
-    stats_rows: int = 1_000_000
-    """rows on which the finished SAE is measured, at most"""
-    screen: str = "auto"
-    """precision of the encoder product: bfloat16 where the CPU is fast at it (k is still exact), else float32"""
-
-    @classmethod
-    def quick(cls) -> "TrainConfig":
-        """A small SAE from a few minutes of training, every default chosen."""
-        return cls(k=24, tokens=700_000, stats_rows=100_000, checkpoint_every=200)
-
-    def resolve(self, d_in: int, *, quick: bool = False) -> "TrainConfig":
-        """This config with nothing left open, for a residual stream of width `d_in`."""
-        latents = self.latents or (8 if quick else 16) * d_in
-        tokens = self.tokens or 4_000_000
-        screen = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-        full = replace(
-            self,
-            latents=latents,
-            tokens=tokens,
-            lr=self.lr or default_rate(latents, tokens),
-            k_aux=self.k_aux or max(1, d_in // 2),
-            dead_after=self.dead_after or max(1, min(1_000_000, tokens // 10)),
-            screen=screen if self.screen == "auto" else self.screen,
-        )
-        full.check()
-        return full
-
-    def check(self) -> None:
-        """Raises `TrainError` naming the first value that cannot be."""
-        counts = (
-            "latents",
-            "k",
-            "tokens",
-            "batch",
-            "k_aux",
-            "dead_after",
-            "checkpoint_every",
-            "log_every",
-            "stats_rows",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.k > self.latents:
-            raise TrainError(f"k is {self.k}, more than the {self.latents} latents there are")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise TrainError(f"the learning rate is {self.lr}, but must be a positive number")
-        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
-            raise TrainError(
-                f"warm-up {self.warmup} and decay {self.decay} must be shares of the run, at most 1 together"
-            )
-        if not (math.isfinite(self.aux_coefficient) and self.aux_coefficient >= 0):
-            raise TrainError(f"the AuxK coefficient is {self.aux_coefficient}, but must not be negative")
-        if self.screen not in ("bfloat16", "float32"):
-            raise TrainError(f"screen is {self.screen!r}, but must be bfloat16 or float32")
-
-    @property
-    def steps(self) -> int:
-        return -(-self.tokens // self.batch)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
-        warm, fall = max(1, round(self.warmup * self.steps)), round(self.decay * self.steps)
-        return self.lr * min(1.0, (step + 1) / warm, (self.steps - step) / fall if fall else 1.0)
-
-
-def default_rate(latents: int, tokens: int) -> float:
-    """2e-4 / sqrt(latents / 2^14), the law of Gao et al. 2024, times sqrt(10^8 / tokens) within 1 and 10.
-
-    The law is for runs of billions of tokens; in a short one the weights would not get anywhere. On the demo model,
-    4,096 latents after 0.3 M tokens: FVU 0.29, 0.24 and 0.21 at rates of 1e-3, 2e-3 and 4e-3.
-    """
-    return 2e-4 / math.sqrt(latents / 2**14) * min(10.0, max(1.0, math.sqrt(1e8 / tokens)))
+SCALED = ("b_enc", "b_dec", "threshold", "b_mag")
+"""What grows with the inputs: with these multiplied by a factor, activations and output are too."""
 
 
 @dataclass(frozen=True)
@@ -154,31 +64,34 @@ class TrainSummary:
     steps: int
     tokens: int
     fvu: float
-    """of the finished SAE on `stats_rows` of its training rows"""
+    """of the finished SAE on `stats_rows` held-out rows, or training rows where none are held out"""
     l0: float
     dead: float
     """share of latents never active in the last 1 M training tokens"""
 
 
 def train(
-    activations: Path | str,
+    source: Source | Path | str,
     out: Path | str,
     config: TrainConfig | None = None,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_progress: Progress | None = None,
     *,
     resume: bool = False,
-    quick: bool = False,
     threads: int | None = None,
+    team: Team = ALONE,
+    device: str = "cpu",
 ) -> TrainSummary:
-    """Trains an SAE on an activations folder into `out`; the finished SAE lies in `out/sae`.
+    """Trains an SAE on a source or a folder of rows into `out`; the finished SAE lies in `out/sae`.
 
     With `resume` it goes on with the run in `out` (whose config counts; another `config` is refused), or starts it if
     there is none. `on_progress` gets each entry of `metrics.jsonl`. Raises `TrainError` for a folder that already holds
-    a run, activations that changed, values that cannot be, and a loss that is no longer a number.
+    a run, data that changed, values that cannot be, and a loss that is no longer a number; `StoppedError` when a signal
+    or the control file stopped it, with everything saved.
     """
     out = Path(out)
     check_folder(out, resume)
-    return Trainer(activations, out, config, quick=quick, threads=threads or torch.get_num_threads()).run(on_progress)
+    trainer = Trainer(source, out, config, threads=threads or torch.get_num_threads(), team=team, device=device)
+    return run_together([trainer], on_progress)[0]
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -187,167 +100,309 @@ def check_folder(out: Path, resume: bool) -> None:
         raise TrainError(f"{out} already holds a run", "go on with it with --resume, or choose another folder")
 
 
+def open_rows(folder: Path | str, config: TrainConfig) -> Source:
+    """The rows in a folder in the order of the config's seed. Raises `TrainError` if it holds none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TrainError(f"there is no folder {folder}", "make one with steer capture")
+    for name, what in (("sae.safetensors", "an SAE"), ("config.toml", "a training run")):
+        if (folder / name).is_file():
+            raise TrainError(f"{folder} holds {what}, not activations", "give a folder that `steer capture` wrote")
+    return open_source(folder, config.seed, held_out=config.held_out or None)
+
+
 class Trainer:
     """A run: its config, its data, and the step it has come to."""
 
     def __init__(
-        self, activations: Path | str, out: Path, config: TrainConfig | None, *, quick: bool = False, threads: int = 1
+        self,
+        source: Source | Path | str,
+        out: Path,
+        config: TrainConfig | None = None,
+        *,
+        threads: int = 1,
+        team: Team = ALONE,
+        device: str = "cpu",
     ):
-        manifest = read_manifest(activations)
-        data = {"activations": str(Path(activations).resolve()), "activations_sha256": _digest(activations)}
         stored = read_run(out) if (out / "config.toml").exists() else None
-        if config is None:
-            config = stored[0] if stored else TrainConfig.quick() if quick else TrainConfig()
-        self.config = config.resolve(int(manifest["d_in"]), quick=quick)
+        asked = config or (stored[0] if stored else TrainConfig())
+        self.source = open_rows(source, asked) if isinstance(source, Path | str) else source
+        self.out, self.team, self.threads = out, team, threads
+        plan = plan_of(self.source)
+        if plan:
+            asked = asked.planned(plan.scale.mode, plan.center)
+        self.config = asked.resolve(self.source.d_in, self.source.rows)
+        if self.config.batch % (self.config.accumulate * team.readers):
+            raise TrainError(
+                f"a batch of {self.config.batch} does not fall into {self.config.accumulate} equal parts "
+                f"for each of {team.readers} processes"
+            )
         if stored:
-            _check_same(out, stored[0], self.config)
-            if stored[1] != data["activations_sha256"]:
-                raise TrainError(f"the activations in {activations} are not those with which the run in {out} began")
-        self.reader = ShardReader(activations, self.config.seed)
-        self.out, self.checkpoints = out, out / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not stored:
-            _write_toml(out / "config.toml", asdict(self.config) | data)
-        sample_ND = self.reader.batch(0, min(SAMPLE_ROWS, self.reader.rows))
-        variance = float(total_variance(sample_ND))
-        if not (math.isfinite(variance) and variance > 0):
-            raise TrainError(f"the activations in {activations} have a variance of {variance}")
-        self.scale = math.sqrt(variance / self.reader.d_in)
-        recipe = Recipe(
-            k=self.config.k,
-            k_aux=self.config.k_aux,
-            aux_coefficient=self.config.aux_coefficient,
-            dead_after=self.config.dead_after,
-            variance=float(self.reader.d_in),
-            screen=getattr(torch, self.config.screen),
-        )
-        mean_D = sample_ND.mean(0) / self.scale
-        self.state = SparseStep.begin(self.config.latents, mean_D, recipe, self.config.seed, threads)
-        self.step = 0
+            check_same(out, stored[0], self.config)
+            if stored[1].get("activations_sha256") != self.source.digest:
+                raise TrainError(f"the activations are not those with which the run in {out} began")
+        self.checkpoints = Checkpoints(out / "checkpoints", _identity(self.config), team)
+        self.held_out_ND = self.source.held_out(EVALUATED_ROWS)
+        if self.config.early_stop and self.held_out_ND is None:
+            raise TrainError("early_stop needs held-out rows", "set held_out to a share, such as 0.05")
+        self.state = self._begin(device)
+        self.step, self.stopped, self.best, self.patience = 0, False, math.inf, 0
+        self.log = Log()
         self._load_checkpoint()
+        if not stored and team.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            where = str(Path(source).resolve()) if isinstance(source, Path | str) else "stream"
+            write_run(out, self.config, {"activations": where, "activations_sha256": self.source.digest})
+        self.activity = ActivityLog(out / "activity")
 
-    def run(self, on_progress: Callable[[dict[str, Any]], None] | None = None) -> TrainSummary:
-        """Trains to the end, measures the SAE and writes it. A run that is already finished is only read."""
-        if self.step == self.config.steps and (self.out / "sae" / "cfg.json").exists():
-            return TrainSummary(**load_sae(self.out / "sae").manifest["metrics"])
-        cut_metrics(self.out / "metrics.jsonl", self.step)
-        with self.state:
-            self._train(on_progress)
-            return self._finish()
+    def _begin(self, device: str) -> SparseStep:
+        """The state before the first step. Scale and centre come from the data's plan, else from a sample."""
+        config, plan = self.config, plan_of(self.source)
+        sample_ND = self.source.batch(0, min(SAMPLE_ROWS, self.source.rows))
+        if not bool(sample_ND.isfinite().all()):
+            raise TrainError("the activations hold NaN or infinite values", "capture them again")
+        if float(sample_ND.var(0, correction=0).sum()) <= 0:
+            raise TrainError("all activations are the same, so there is nothing to learn from them")
+        same = plan is not None and plan.scale.mode == config.scale
+        self.scale = plan.scale if plan and same else InputScale.measure(config.scale, sample_ND)
+        sample_ND = self.scale.apply(sample_ND)
+        if config.center == "none":
+            center_D = torch.zeros(self.source.d_in)
+        elif plan and same:
+            center_D = replace(plan, center=config.center).center_D()
+        elif config.center == "median":
+            center_D = geometric_median(sample_ND[:MEDIAN_ROWS]).float()
+        else:
+            center_D = sample_ND.mean(0)
+        variance = float(self.source.d_in) if self.scale.mode == "variance" else float(total_variance(sample_ND))
+        return SparseStep.begin(
+            config.latents,
+            center_D,
+            config.recipe(),
+            config.seed,
+            variance=variance,
+            threads=self.threads,
+            team=self.team,
+            sample_ND=sample_ND,
+            device=device,
+        )
 
-    def _train(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-        config, squared_error, active, tokens, began = self.config, 0.0, 0, 0, time.monotonic()
-        while self.step < config.steps:
-            x_BD = self.reader.batch(self.step * config.batch, config.batch).div_(self.scale)
-            gradient = self.state.gradient(x_BD)
-            squared_error += float(torch.linalg.vector_norm(gradient.error_BD)) ** 2
-            if not math.isfinite(squared_error):
-                raise TrainError(
-                    f"the loss is {squared_error} at step {self.step}", "lower --lr and go on from the last checkpoint"
-                )
-            active, tokens = active + int((gradient.acts > 0).sum()), tokens + len(x_BD)
-            self.state.update(gradient, config.rate(self.step))
-            self.step += 1
-            last = self.step == config.steps
-            if last or self.step % config.log_every == 0:
-                entry = {
-                    "step": self.step,
-                    "steps": config.steps,
-                    "tokens": self.step * config.batch,
-                    "fvu": squared_error / (tokens * self.reader.d_in),
-                    "l0": active / tokens,
-                    "dead": self._dead(),
-                    "lr": config.rate(self.step - 1),
-                    "tokens_per_second": tokens / max(time.monotonic() - began, 1e-9),
-                }
+    @property
+    def finished(self) -> bool:
+        return self.stopped or self.step >= self.config.steps
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens so far, those of all processes."""
+        return self.step * self.config.batch
+
+    def advance(self, x_BD: Tensor) -> None:
+        """One step on this process's rows of the batch, unscaled."""
+        config, step = self.config, self.step
+        x_BD = self.scale.apply(x_BD)
+        k = config.k_at(step) if config.arch in COUNTED else None
+        share = config.sparsity_share(step)
+        coefficient = share * float(self.state.coefficient[0]) if share < 1 else None
+        try:
+            parts = torch.split(x_BD, len(x_BD) // config.accumulate)
+            gradients = [self.state.gradient(part, k=k, coefficient=coefficient) for part in parts]
+            norm = self.state.update(gradients, config.rate(step))
+        except TrainError as error:
+            raise TrainError(f"{error}, at step {step:,} of {self.out}", error.hint) from error
+        self.step += 1
+        self.log.add([gradient.losses for gradient in gradients], sum(g.active for g in gradients), norm, config.batch)
+        every = config.resample_every
+        if config.revival == "resample" and self.tokens // every > step * config.batch // every:
+            self.state.resample(x_BD, config.seed * 1_000_003 + step)
+
+    def report(self, on_progress: Progress | None) -> None:
+        """What is due after a step: evaluation, an entry of the metrics, a checkpoint."""
+        config, last = self.config, self.step >= self.config.steps
+        evaluated = self._evaluate() if last or self.step % config.evaluate_every == 0 else {}
+        last = self.finished
+        if evaluated or last or self.step % config.log_every == 0:
+            head = {"step": self.step, "steps": config.steps, "tokens": self.tokens}
+            entry = head | self.log.entry() | {"dead": self.dead(), "lr": config.rate(self.step - 1)} | evaluated
+            if self.team.rank == 0:
                 append_metrics(self.out / "metrics.jsonl", entry)
                 if on_progress:
                     on_progress(entry)
-                squared_error, active, tokens, began = 0.0, 0, 0, time.monotonic()
-            if last or self.step % config.checkpoint_every == 0:
-                self._save_checkpoint()
+        if last or self.step % config.checkpoint_every == 0:
+            self.save()
 
-    def _dead(self) -> float:
+    def _evaluate(self) -> dict[str, Any]:
+        """Density histogram, activity snapshot, and FVU on held-out rows, by which the run may end early."""
+        silent_F, fired_F = self._whole(self.state.silent_F), self._whole(self.state.fired_F)
+        found: dict[str, Any] = {"density": density(fired_F, self.log.since_density(self.tokens))}
+        self.state.fired_F.zero_()
+        if self.team.rank == 0:
+            self.activity.add(self.step, self.tokens, silent_F, fired_F)
+        if self.held_out_ND is not None:
+            sae, fvu = self.sae(), torch.zeros((), dtype=torch.float64)
+            if self.team.rank == 0:
+                fvu += measure(sae, [self.held_out_ND], self.threads).fvu
+            found["held_out_fvu"] = float(self.team.sum_(fvu))
+            better = found["held_out_fvu"] < self.best
+            self.best, self.patience = (found["held_out_fvu"], 0) if better else (self.best, self.patience + 1)
+            self.stopped = 0 < self.config.early_stop <= self.patience
+        return found
+
+    def dead(self) -> float:
         """Share of latents silent in the last `DEAD_WINDOW` tokens, or in all if there were fewer."""
-        window = min(DEAD_WINDOW, self.step * self.config.batch)
-        return float((self.state.silent_F >= window).float().mean())
+        silent = (self.state.silent_F >= min(DEAD_WINDOW, self.tokens)).sum().double().cpu()
+        return float(self.team.sum_(silent, "shards")) / self.config.latents
+
+    def _whole(self, slice_F: Tensor) -> Tensor:
+        """A tensor over all latents, on the CPU, from the slices of all processes."""
+        return (self.team.gather(slice_F) if self.team.shards > 1 else slice_F).cpu()
 
     def sae(self) -> SAE:
-        """The SAE at this step, for the model's own residuals."""
-        hook = str(self.reader.manifest["hook"])
-        sae = SAE(SAEConfig(d_in=self.reader.d_in, d_sae=self.config.latents, k=self.config.k, hook=hook))
-        weights = self.state.weights
-        sae.W_enc_FD.copy_(weights["W_enc"])
-        sae.W_dec_FD.copy_(weights["W_dec"])
-        sae.b_enc_F.copy_(weights["b_enc"] * self.scale)
-        sae.b_dec_D.copy_(weights["b_dec"] * self.scale)
+        """The SAE at this step, for the model's own residuals. All processes must ask for it together."""
+        config, mode = self.config, self.scale.mode
+        sae = SAE(
+            SAEConfig(
+                d_in=self.source.d_in,
+                d_sae=config.latents,
+                activation=config.arch,
+                k=config.k if config.arch in COUNTED else 0,
+                hook=self.source.hook,
+                normalise=mode if mode in PER_TOKEN else "none",
+                prefixes=config.prefixes,
+                prolu_plain=config.prolu_plain and config.arch == "prolu",
+            )
+        )
+        weights = self.state.final_weights()
+        for name, parameter in sae.weights.items():
+            whole = weights[name].cpu() if name == "b_dec" else self._whole(weights[name])
+            parameter.copy_(whole.double() * self.scale.factor if name in SCALED else whole)
         return sae
 
-    def _finish(self) -> TrainSummary:
-        stats, fvu, l0 = measure(self.state, self.reader, self.scale, self.config.stats_rows)
-        summary = TrainSummary(self.step, self.step * self.config.batch, fvu, l0, self._dead())
-        made_from = {name: value for name, value in self.reader.manifest.items() if name not in ("shards", "done")}
-        manifest = {
-            "hook": self.reader.manifest["hook"],
-            "data": made_from | {"activations_sha256": _digest(self.reader.folder)},
-            "training": asdict(self.config),
-            "versions": {"steer": _version("steer"), "torch": torch.__version__},
-            "metrics": asdict(summary),
-        }
-        save_sae(self.out / "sae", self.sae(), stats, manifest)
+    def finish(self) -> TrainSummary:
+        """Measures the SAE, on held-out rows if there are some, and writes it."""
+        sae = self.sae()
+        figures = torch.zeros(2, dtype=torch.float64)
+        if self.team.rank == 0:
+            held_ND, rows = self.source.held_out(self.config.stats_rows), min(self.config.stats_rows, self.source.rows)
+            starts = range(0, rows, READ_ROWS)
+            training = (self.source.batch(start, min(READ_ROWS, rows - start)) for start in starts)
+            found = measure(sae, training if held_ND is None else torch.split(held_ND, READ_ROWS), self.threads)
+            figures += torch.tensor([found.fvu, found.l0], dtype=torch.float64)
+        fvu, l0 = self.team.sum_(figures).tolist()
+        summary = TrainSummary(self.step, self.tokens, fvu, l0, self.dead())
+        if self.team.rank == 0:
+            manifest = {
+                "hook": self.source.hook,
+                "data": self.source.manifest | {"activations_sha256": self.source.digest},
+                "training": asdict(self.config),
+                "preset": self.config.preset,
+                "input_scale": asdict(self.scale),
+                "measured_on": "training rows" if held_ND is None else "held-out rows",
+                "versions": {"steer": _version("steer"), "torch": torch.__version__},
+                "metrics": asdict(summary),
+            }
+            save_sae(self.out / "sae", sae, found.stats, manifest)
+        self.team.wait()
         return summary
 
-    def _save_checkpoint(self) -> None:
-        file = self.checkpoints / f"{self.step:09d}.safetensors"
-        temporary = file.with_suffix(".tmp")
-        save_file(self.state.state() | {"random": torch.get_rng_state()}, temporary)
-        os.replace(temporary, file)
-        for old in sorted(self.checkpoints.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+    def written(self) -> TrainSummary | None:
+        """What was measured when the SAE of this run was written; None if it is not yet."""
+        if not (self.out / "sae" / "cfg.json").is_file():
+            return None
+        return TrainSummary(**load_sae(self.out / "sae").manifest["metrics"])
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        numbers = {
+            "scale": asdict(self.scale),
+            "variance": self.state.variance,
+            "stopped": self.stopped,
+            "best": None if math.isinf(self.best) else self.best,
+            "patience": self.patience,
+            "log": self.log.state(),
+        }
+        tensors = self.state.state() | {"random": torch.get_rng_state()}
+        self.checkpoints.save(self.step, tensors, numbers, self.config.keep, self.config.keep_every)
 
     def _load_checkpoint(self) -> None:
         """Goes to the newest checkpoint that is whole; nothing to do if there is none."""
-        fault: TrainError | None = None
-        for file in sorted(self.checkpoints.glob("*.safetensors"), reverse=True):
-            try:
-                with safe_open(file, framework="pt") as stored:
-                    state: dict[str, Tensor] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                self.state.load_state(state)
-            except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-                fault = TrainError(f"checkpoint {file} is damaged ({error})", "train again in another folder")
-                continue
-            torch.set_rng_state(state["random"])
-            self.step = int(file.stem)
+        saved = self.checkpoints.newest()
+        if saved is None:
             return
-        if fault:
-            raise fault
-
-
-def read_run(out: Path | str) -> tuple[TrainConfig, str]:
-    """The config of the run in `out`, and the hash of the manifest of its activations."""
-    file = Path(out) / "config.toml"
-    try:
-        stored = tomllib.loads(file.read_text(encoding="utf-8"))
-        config = TrainConfig(**{field.name: stored[field.name] for field in fields(TrainConfig)})
-        config.check()
-        return config, str(stored["activations_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainError(f"{file} is not the config of a run ({error})", "choose another folder") from error
-
-
-def _check_same(out: Path, stored: TrainConfig, asked: TrainConfig) -> None:
-    for name, value in asdict(stored).items():
-        if value != getattr(asked, name):
+        self.step, tensors, numbers = saved
+        try:
+            self.state.load_state(tensors)
+            self.scale, self.state.variance = InputScale(**numbers["scale"]), numbers["variance"]
+            self.stopped, self.patience = numbers["stopped"], numbers["patience"]
+            self.best = math.inf if numbers["best"] is None else numbers["best"]
+            self.log.load_state(numbers["log"])
+            torch.set_rng_state(tensors["random"])
+        except (KeyError, TypeError, RuntimeError) as error:
             raise TrainError(
-                f"the run in {out} has {name} = {value}, not {getattr(asked, name)}",
-                "leave the option out to go on with it, or choose another folder",
-            )
+                f"the checkpoint of step {self.step:,} in {self.out} does not fit this program ({error})",
+                "train again in another folder",
+            ) from error
 
 
-def _digest(activations: Path | str) -> str:
-    """The hash of what the activations are; it does not depend on when they were written."""
-    shards = [(shard["rows"], shard["sha256"]) for shard in read_manifest(activations)["shards"]]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def run_together(trainers: Sequence[Trainer], on_progress: Progress | None = None) -> list[TrainSummary]:
+    """Trains all to the end on the same rows, each batch read once, then measures each SAE and writes it.
+
+    Those that are behind, after a kill between their checkpoints, catch up first. A run that is finished is only read.
+    Raises `StoppedError` when a signal or a control file asked to stop, after a checkpoint of each.
+    """
+    first = trainers[0]
+    size, team, source = first.config.batch, first.team, first.source
+    assert all(trainer.config.batch == size and trainer.source is source for trainer in trainers)
+    done = {trainer.out: trainer.written() for trainer in trainers}
+    going = [trainer for trainer in trainers if done[trainer.out] is None]
+    for trainer in going if team.rank == 0 else []:
+        obey(trainer.out)  # what an earlier process was told
+        cut_metrics(trainer.out / "metrics.jsonl", trainer.step)
+    own = team.rows(size)
+    with ExitStack() as stack, stop_on_signals() as told:
+        for trainer in going:
+            stack.enter_context(trainer.state)
+        while behind := [trainer for trainer in going if not trainer.finished]:
+            step = min(trainer.step for trainer in behind)
+            with first.log.waiting() as waited:
+                x_BD = source.batch(step * size + own.start, own.stop - own.start)
+            for trainer in (trainer for trainer in behind if trainer.step == step):
+                trainer.log.waited += waited.seconds
+                trainer.advance(x_BD)
+                trainer.report(on_progress)
+            words = set(told)
+            for trainer in going if team.rank == 0 else []:
+                words |= obey(trainer.out)
+            if team.size > 1:
+                words = _agreed(words, team)
+            if words:
+                for trainer in behind:
+                    trainer.save()
+            if "stop" in words and not all(trainer.finished for trainer in going):
+                raise StoppedError(step + 1, first.config.steps)
+    for trainer in going:
+        done[trainer.out] = trainer.finish()
+    return [summary for summary in done.values() if summary is not None]
+
+
+def _agreed(words: set[str], team: Team) -> set[str]:
+    """The words that any process was told."""
+    asked = team.sum_(torch.tensor([float("stop" in words), float("checkpoint" in words)]))
+    return {word for word, count in zip(("stop", "checkpoint"), asked.tolist(), strict=True) if count}
+
+
+def density(fired_F: Tensor, tokens: int) -> dict[str, list[float] | int]:
+    """How many latents were active on which share of `tokens` tokens: `counts` between `edges`, the share's log10 in
+    steps of half a decade; `never` is the number of those that were not active at all."""
+    edges = torch.arange(-7, 0.5, 0.5, dtype=torch.float64)
+    share_F = (fired_F[fired_F > 0].double() / max(tokens, 1)).log10_().clamp_(-7, 0)
+    counts = torch.histogram(share_F, edges).hist
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "never": int((fired_F == 0).sum())}
+
+
+def _identity(config: TrainConfig) -> str:
+    """Hash of what a checkpoint depends on."""
+    content = {name: value for name, value in asdict(config).items() if name != "preset"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package: str) -> str:
@@ -355,10 +410,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _write_toml(file: Path, values: dict[str, str | int | float]) -> None:
-    """A flat TOML file: a JSON string or number is a TOML one."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
-    os.replace(temporary, file)
