@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sae.intervene import CompiledEdit, CompiledSet, Steerer, Tally
-from sae.model import SAE, SAEConfig
+from tests.sae.reference import KINDS, NORMALISE, D, F, K, Reference, make_sae
 
-D, F, K, SPECIAL = 12, 40, 5, 90
+SPECIAL = 90
 
 
 @dataclass
@@ -25,42 +25,20 @@ class Place:
         return self.positions_BT >= self.prompt - 1
 
 
-def make_sae(seed: int = 0) -> SAE:
-    torch.manual_seed(seed)
-    sae = SAE(SAEConfig(D, F, "topk", K, "blocks.0.hook_resid_post"))
-    sae.W_dec_FD.copy_(torch.nn.functional.normalize(torch.randn(F, D), dim=1))
-    sae.W_enc_FD.copy_(sae.W_dec_FD + 0.1 * torch.randn(F, D))
-    sae.b_enc_F.copy_(0.1 * torch.randn(F))
-    sae.b_dec_D.copy_(torch.randn(D))
-    return sae
-
-
 def place(rows: int, tokens: int, prompt: int = 3, rows_named: tuple[int, ...] | None = None) -> Place:
     positions = torch.arange(tokens).repeat(rows, 1)
     ids = torch.arange(rows * tokens).view(rows, tokens) % 80
     return Place(positions, ids, rows_named or tuple(range(rows)), prompt)
 
 
-def encode64(sae: SAE, x: list[float], push: tuple[int, float] | None = None) -> list[float]:
-    """The latents of one vector, in float64, by loops."""
-    pre = []
-    for i in range(F):
-        total = float(sae.b_enc_F[i])
-        for j in range(D):
-            total += float(sae.W_enc_FD[i, j]) * (x[j] - float(sae.b_dec_D[j]))
-        pre.append(total + (push[1] if push and push[0] == i else 0.0))
-    kept = sorted(range(F), key=lambda i: -pre[i])[:K]
-    return [max(pre[i], 0.0) if i in kept else 0.0 for i in range(F)]
-
-
-def edited64(sae: SAE, x: list[float], edits: list[CompiledEdit], position: int, prompt: int) -> list[float]:
-    f = encode64(sae, x)
-    y = list(x)
+def edited64(of: Reference, x: list[float], edits: list[CompiledEdit], position: int, prompt: int) -> list[float]:
+    f, y, (_, scale) = of.encode(x), list(x), of.moments(x)
+    assume(f.gap > 1e-4)
     for edit in edits:
         generated = position >= prompt - 1
         if position == 0 or (edit.place == "prompt" and generated) or (edit.place == "generated" and not generated):
             continue
-        a, change = f[edit.latent], [0.0] * F
+        a, change = f.f[edit.latent], [0.0] * F
         match edit.kind:
             case "add":
                 change[edit.latent] = edit.value
@@ -71,11 +49,12 @@ def edited64(sae: SAE, x: list[float], edits: list[CompiledEdit], position: int,
             case "ablate":
                 change[edit.latent] = -a
             case "bias":
-                pushed = encode64(sae, x, (edit.latent, edit.value))
-                change = [new - old for new, old in zip(pushed, f, strict=True)]
+                pushed = of.encode(x, (edit.latent, edit.value))
+                assume(pushed.gap > 1e-4)
+                change = [new - old for new, old in zip(pushed.f, f.f, strict=True)]
         for i in range(F):
             for j in range(D):
-                y[j] += change[i] * float(sae.W_dec_FD[i, j])
+                y[j] += scale * change[i] * of.w["W_dec"][i][j]
     return y
 
 
@@ -88,14 +67,46 @@ edits = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(chosen=st.lists(edits, min_size=1, max_size=3), seed=st.integers(0, 50), if_on=st.booleans())
-def test_every_set_of_edits_equals_a_float64_loop(chosen: list[CompiledEdit], seed: int, if_on: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(
+    chosen=st.lists(edits, min_size=1, max_size=3),
+    seed=st.integers(0, 2**20),
+    if_on=st.booleans(),
+    normalise=st.sampled_from(NORMALISE),
+)
+def test_every_set_of_edits_equals_a_float64_loop(
+    kind: str, chosen: list[CompiledEdit], seed: int, if_on: bool, normalise: str
+) -> None:
     chosen = [CompiledEdit(e.kind, e.latent, e.value, if_on and e.kind == "clamp", e.place) for e in chosen]
-    sae, x = make_sae(), torch.randn(1, 5, D, generator=torch.Generator().manual_seed(seed))
+    sae, x = make_sae(kind, normalise, seed % 7), torch.randn(1, 5, D, generator=torch.Generator().manual_seed(seed))
+    of = Reference(sae)
+    wanted = [edited64(of, x[0, t].double().tolist(), chosen, t, 3) for t in range(5)]
     y = Steerer(sae, {SPECIAL}, sets={0: CompiledSet(tuple(chosen))})(x, place(1, 5))
-    wanted = [edited64(sae, x[0, t].double().tolist(), chosen, t, 3) for t in range(5)]
-    torch.testing.assert_close(y[0].double(), torch.tensor(wanted, dtype=torch.float64), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(y[0].double(), torch.tensor(wanted, dtype=torch.float64), atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_dropped_errors_and_reports_of_every_kind_equal_a_float64_loop(kind: str, normalise: str) -> None:
+    sae, x = make_sae(kind, normalise), torch.randn(1, 4, D, generator=torch.Generator().manual_seed(5)) * 3 + 1
+    of, latent = Reference(sae), int(sae.encode(x[:, 1:]).indices[0, 1, 0])
+    edit = CompiledEdit("add", latent, 1.5)
+    steerer = Steerer(sae, sets={0: CompiledSet((edit,), drop_error=True)})
+    y = steerer(x, place(1, 4))
+    before, after = [], []
+    for t in range(1, 4):
+        x_D = x[0, t].double().tolist()
+        f = of.encode(x_D).f
+        f[latent] += 1.5
+        wanted = of.decode(f, x_D)
+        torch.testing.assert_close(y[0, t].double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-4, rtol=1e-5)
+        before.append(f[latent] - 1.5)
+        read = float(sae.pre_activations(torch.tensor(wanted))[latent])
+        after.append(max(read, 0.0) if kind == "topk" else of.encode(wanted).f[latent])
+    tally = Tally.of(steerer.traces[0, edit])
+    assert tally.before == pytest.approx(sum(before) / 3, abs=1e-5) and max(before) > 0
+    assert tally.after == pytest.approx(sum(after) / 3, abs=1e-4)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, -2.0])
