@@ -44,7 +44,7 @@ def measure(sae: SAE, parts: Iterable[Tensor], threads: int = 1) -> Measured:
 
     def run(x_CD: Tensor) -> tuple[Tensor, Tensor, float]:
         latents = sae.encode(x_CD)
-        error = (sae.decode(latents) - x_CD).double().pow(2).sum()
+        error = (sae.decode(latents, x_CD) - x_CD).double().pow(2).sum()
         on = latents.values > 0
         return latents.indices[on], latents.values[on], float(error)
 
