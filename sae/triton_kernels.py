@@ -45,14 +45,14 @@ PAIRS = 32
 
 @_jit
 def _maxima_kernel(
-    x: Any,
-    w: Any,
-    bias: Any,
-    out: Any,
-    B: Any,
-    F: Any,
-    D: Any,
-    G: Any,
+    x: tl.tensor,
+    w: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    B: tl.tensor,
+    F: tl.tensor,
+    D: tl.tensor,
+    G: tl.tensor,
     TOKENS: tl.constexpr,
     LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -90,18 +90,18 @@ def _maxima_kernel(
 
 @_jit
 def _score_kernel(
-    x: Any,
-    w: Any,
-    bias: Any,
-    group_of: Any,
-    low_of: Any,
-    starts: Any,
-    order: Any,
-    out: Any,
-    F: Any,
-    D: Any,
-    G: Any,
-    C: Any,
+    x: tl.tensor,
+    w: tl.tensor,
+    bias: tl.tensor,
+    group_of: tl.tensor,
+    low_of: tl.tensor,
+    starts: tl.tensor,
+    order: tl.tensor,
+    out: tl.tensor,
+    F: tl.tensor,
+    D: tl.tensor,
+    G: tl.tensor,
+    C: tl.tensor,
     PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,11 +135,7 @@ def group_maxima(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
     (tokens, width), latents = x_BD.shape, len(b_enc_F)
     assert x_BD.dtype == W_enc_FD.dtype and x_BD.is_contiguous() and W_enc_FD.is_contiguous()
     maxima_BG = torch.empty(tokens, triton.cdiv(latents, GROUP), device=x_BD.device)
-    # Two operands in three stages: 144 KB of shared memory on data-centre cards, 64 KB where a block may have only 99.
-    card = torch.cuda.get_device_properties(x_BD.device) if x_BD.is_cuda else None
-    roomy = getattr(card, "shared_memory_per_block_optin", 0) >= 160 * 1024
-    wide, stages = (256, 3) if roomy else (128, 2)
-    grid = (triton.cdiv(tokens, 128) * triton.cdiv(latents, wide),)
+    grid = (triton.cdiv(tokens, 128) * triton.cdiv(latents, 256),)
     _maxima_kernel[grid](
         x_BD,
         W_enc_FD,
@@ -150,12 +146,12 @@ def group_maxima(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
         width,
         maxima_BG.shape[1],
         TOKENS=128,
-        LATENTS=wide,
+        LATENTS=256,
         BLOCK_D=128 // x_BD.element_size(),
         GROUP=GROUP,
         PANEL=32,
         num_warps=8,
-        num_stages=stages,
+        num_stages=3,  # 144 KB of shared memory on Hopper and data-centre Blackwell, 96 KB on cards that have 99
     )
     return maxima_BG
 
@@ -191,8 +187,8 @@ def score_groups(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, chosen_BC: Ten
         chosen_BC.shape[1],
         PAIRS=PAIRS,
         GROUP=GROUP,
-        BLOCK_D=64,
-        num_warps=4,
+        BLOCK_D=32,
+        num_warps=2,
     )
     return scores_BCM
 
@@ -221,12 +217,12 @@ def encode_topk(
 
 @_jit
 def _sum_rows_kernel(
-    index: Any,
-    values: Any,
-    starts: Any,
-    dense: Any,
-    out: Any,
-    D: Any,
+    index: tl.tensor,
+    values: tl.tensor,
+    starts: tl.tensor,
+    dense: tl.tensor,
+    out: tl.tensor,
+    D: tl.tensor,
     ADD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -251,13 +247,13 @@ def _sum_rows_kernel(
 
 @_jit
 def _dot_pairs_kernel(
-    x: Any,
-    w: Any,
-    latent_of: Any,
-    row_of: Any,
-    out: Any,
-    P: Any,
-    D: Any,
+    x: tl.tensor,
+    w: tl.tensor,
+    latent_of: tl.tensor,
+    row_of: tl.tensor,
+    out: tl.tensor,
+    P: tl.tensor,
+    D: tl.tensor,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
 ) -> None:
@@ -335,21 +331,21 @@ def add_product(
 
 @_jit
 def _adam_kernel(
-    weights: Any,
-    gradient: Any,
-    first_moment: Any,
-    second_moment: Any,
-    screen: Any,
-    D: Any,
-    lr: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    kept: Any,
-    step_size: Any,
-    root: Any,
+    weights: tl.tensor,
+    gradient: tl.tensor,
+    first_moment: tl.tensor,
+    second_moment: tl.tensor,
+    screen: tl.tensor,
+    D: tl.tensor,
+    lr: tl.tensor,
+    beta1: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    kept: tl.tensor,
+    step_size: tl.tensor,
+    root: tl.tensor,
     PROJECT: tl.constexpr,
     UNIT_NORM: tl.constexpr,
     SCREEN: tl.constexpr,
@@ -401,7 +397,7 @@ def adam_rows_(
     """
     rows, width = weights_RD.shape
     block = triton.next_power_of_2(width)
-    assert block <= 32768, f"a row of {width} does not fit into a program's registers"
+    assert block <= 16384, f"a row of {width} does not fit into a program's registers"
     tensors = [weights_RD, gradient_RD, first_RD, second_RD]
     assert all(t.is_contiguous() and t.dtype == torch.float32 and t.shape == weights_RD.shape for t in tensors)
     if not rows:
