@@ -12,10 +12,12 @@ from llama_3.chat_format import ChatFormat
 from llama_3.hooks import HookPoint
 from sae.model import SAE, SAEConfig
 from tests.tiny import byte_tokenizer, tiny_config, tiny_model
-from train.capture import CaptureSummary, capture
+from train.capture import CaptureSummary, Progress, capture
 from train.errors import TrainError
 from train.evaluate import evaluate
-from train.shards import ShardReader, read_manifest, write_json
+from train.reader import ShardReader
+from train.shards import read_manifest, write_json
+from train.text import TextPlan
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -30,7 +32,7 @@ def text(tmp_path: Path) -> Path:
 def run(
     text: Path, out: Path, tokens: int = 600, hooks: tuple[str, ...] = (HOOK,), **options: object
 ) -> CaptureSummary:
-    sizes = {"context": 40, "batch_tokens": 100, "shard_bytes": 64 * 150} | options
+    sizes = {"plan": TextPlan(context=40), "batch_tokens": 100, "shard_bytes": 64 * 150} | options
     return capture(tiny_model(), byte_tokenizer(), [text], out, hooks, tokens, **sizes)  # type: ignore[arg-type]
 
 
@@ -52,13 +54,13 @@ def test_rows_are_the_residuals_of_the_model_without_first_and_special_tokens(te
 def test_a_killed_capture_resumes_to_the_bytes_of_an_unbroken_one(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "whole")
 
-    def kill(tokens: int, limit: int) -> None:
+    def kill(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         capture(
             tiny_model(), byte_tokenizer(), [text], tmp_path / "b", [HOOK], 600,
-            context=40, batch_tokens=100, shard_bytes=64 * 150, on_progress=kill,
+            plan=TextPlan(context=40), batch_tokens=100, shard_bytes=64 * 150, on_progress=kill,
         )  # fmt: skip
     assert 0 < len(read_manifest(tmp_path / "b")["shards"]) < len(read_manifest(tmp_path / "whole")["shards"])
     run(text, tmp_path / "b")
@@ -164,7 +166,7 @@ def test_a_perfect_sae_costs_nothing_and_an_empty_one_explains_nothing(text: Pat
 def test_a_site_of_another_width_is_captured_and_measured_as_wide_as_it_is(text: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model, hooks = tiny_model(config=tiny_config(head_dim=16)), (HOOK, "blocks.1.hook_attn_z")
-    capture(model, byte_tokenizer(), [text], tmp_path / "a", hooks, 100, context=40)
+    capture(model, byte_tokenizer(), [text], tmp_path / "a", hooks, 100, plan=TextPlan(context=40))
     for hook, width in zip(hooks, (32, 64), strict=True):
         reader = ShardReader(tmp_path / "a" / hook, seed=0)
         assert reader.manifest["d_in"] == reader.batch(0, 10).shape[1] == width
