@@ -226,7 +226,8 @@ def read_b_enc(run: Path) -> tuple[Array, str]:
     kept = [file for file in (run / "checkpoints").glob("*.safetensors") if file.stem.isdecimal()]
     for file in (run / "sae" / "sae.safetensors", *sorted(kept, reverse=True)):
         try:
-            parts, slices = [], 1
+            parts: list[Array] = []
+            slices = 1
             while len(parts) < slices:  # a dictionary spread over processes has a file for each
                 name = f"{file.stem}.{len(parts)}.safetensors" if parts else file.name
                 with safe_open(file.with_name(name), framework="pt") as stored:
