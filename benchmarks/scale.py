@@ -120,7 +120,7 @@ def work(given: argparse.Namespace) -> None:
         "median_s": statistics.median(took[WARM:]),
         "best_s": min(took[WARM:]),
         "runs": TIMED,
-        "multiply_adds": multiply_adds(given, team.size),
+        "multiply_adds": multiply_adds(given, given.worker, team.size),
         "encoder_s": rows * latents * given.width / rate,
         "sent": statistics.median(sent[WARM:]),
         "formula": bytes_of_a_step(given, given.worker, team.size),
@@ -133,12 +133,12 @@ def work(given: argparse.Namespace) -> None:
     team.leave()
 
 
-def multiply_adds(given: argparse.Namespace, size: int) -> int:
-    """Of one process: encoder, scores of the candidates, decode, its gradient, both weight gradients, AuxK."""
+def multiply_adds(given: argparse.Namespace, kind: str, size: int) -> int:
+    """Of one process: the encoder, the scores of its candidates, decode, its gradient, both weight gradients, AuxK."""
     batch, width, latents, k = given.batch, given.width, given.latents, given.k
-    pairs = 5 * batch * k * width
+    candidates = batch * (k + 8) * width // (1 if kind == "latents" else size)  # each slice has k candidates of its own
     aux = 5 * batch * round(given.dead * latents) * width
-    return (batch * latents * width + pairs + aux) // size
+    return candidates + (batch * latents * width + 4 * batch * k * width + aux) // size
 
 
 def bytes_of_a_step(given: argparse.Namespace, kind: str, size: int) -> float:
