@@ -217,15 +217,20 @@ def kinds() -> dict[str, Any]:
 
 
 def read_settings(file: Path | str) -> dict[str, Any]:
-    """The values in a flat TOML file, each checked by its field. Raises `TrainError` in one sentence."""
+    """The values in a flat TOML file, each checked by its field. It may name a `preset`, and be a run's config.toml.
+
+    Raises `TrainError` in one sentence.
+    """
     try:
         read = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TrainError(f"there is no file {file}") from error
     except (OSError, ValueError) as error:
         raise TrainError(f"{file} is not readable TOML ({error})") from error
+    if read.get("format") == FORMAT:
+        read = {name: read[name] for name in kinds() if name in read and (name != "tokens" or not read.get("epochs"))}
     try:
-        return {name: typed(name, value) for name, value in read.items()}
+        return {name: value if name == "preset" else typed(name, value) for name, value in read.items()}
     except TrainError as error:
         raise TrainError(f"{file}: {error}", error.hint) from error
 

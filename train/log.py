@@ -4,17 +4,7 @@ The sums are part of a checkpoint, so that a resumed run writes the entries of a
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-
-
-@dataclass
-class Wait:
-    """Seconds that a block of code took, once it has ended."""
-
-    seconds: float = 0.0
 
 
 class Log:
@@ -27,14 +17,6 @@ class Log:
         self.losses: dict[str, float] = {}
         self.since_start = 0
         """tokens since this process began to count, for the speed"""
-
-    @staticmethod
-    @contextmanager
-    def waiting() -> Iterator[Wait]:
-        """Times the block."""
-        wait, began = Wait(), time.monotonic()
-        yield wait
-        wait.seconds = time.monotonic() - began
 
     def add(self, parts: list[dict[str, float]], active: int, norm: float, tokens: int) -> None:
         """A step: the losses of each of its equal parts (but `aux` is that of all), active pairs, norm, tokens."""

@@ -16,6 +16,7 @@ Shapes: B tokens, D width of the rows, F latents, N rows.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -90,8 +91,16 @@ def train(
     """
     out = Path(out)
     check_folder(out, resume)
-    trainer = Trainer(source, out, config, threads=threads or torch.get_num_threads(), team=team, device=device)
-    return run_together([trainer], on_progress)[0]
+    trainer = Trainer(
+        source,
+        out,
+        config,
+        threads=threads or torch.get_num_threads(),
+        team=team,
+        device=device,
+        on_progress=on_progress,
+    )
+    return run_together([trainer])[0]
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -123,11 +132,14 @@ class Trainer:
         threads: int = 1,
         team: Team = ALONE,
         device: str = "cpu",
+        on_progress: Progress | None = None,
     ):
         stored = read_run(out) if (out / "config.toml").exists() else None
         asked = config or (stored[0] if stored else TrainConfig())
         self.source = open_rows(source, asked) if isinstance(source, Path | str) else source
-        self.out, self.team, self.threads = out, team, threads
+        self.out, self.team, self.threads, self.on_progress = out, team, threads, on_progress
+        self.fault: TrainError | None = None
+        """why this run cannot go on while others beside it do"""
         plan = plan_of(self.source)
         if plan:
             asked = asked.planned(plan.scale.mode, plan.center)
@@ -215,7 +227,7 @@ class Trainer:
         if config.revival == "resample" and self.tokens // every > step * config.batch // every:
             self.state.resample(x_BD, config.seed * 1_000_003 + step)
 
-    def report(self, on_progress: Progress | None) -> None:
+    def report(self) -> None:
         """What is due after a step: evaluation, an entry of the metrics, a checkpoint."""
         config, last = self.config, self.step >= self.config.steps
         evaluated = self._evaluate() if last or self.step % config.evaluate_every == 0 else {}
@@ -225,8 +237,8 @@ class Trainer:
             entry = head | self.log.entry() | {"dead": self.dead(), "lr": config.rate(self.step - 1)} | evaluated
             if self.team.rank == 0:
                 append_metrics(self.out / "metrics.jsonl", entry)
-                if on_progress:
-                    on_progress(entry)
+                if self.on_progress:
+                    self.on_progress(entry)
         if last or self.step % config.checkpoint_every == 0:
             self.save()
 
@@ -343,11 +355,12 @@ class Trainer:
             ) from error
 
 
-def run_together(trainers: Sequence[Trainer], on_progress: Progress | None = None) -> list[TrainSummary]:
+def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
     """Trains all to the end on the same rows, each batch read once, then measures each SAE and writes it.
 
     Those that are behind, after a kill between their checkpoints, catch up first. A run that is finished is only read.
-    Raises `StoppedError` when a signal or a control file asked to stop, after a checkpoint of each.
+    One of several whose loss is no longer a number is left out, with its `fault`; all others come back in order. Raises
+    `StoppedError` when a signal or a control file asked to stop, after a checkpoint of each.
     """
     first = trainers[0]
     size, team, source = first.config.batch, first.team, first.source
@@ -361,26 +374,36 @@ def run_together(trainers: Sequence[Trainer], on_progress: Progress | None = Non
     with ExitStack() as stack, stop_on_signals() as told:
         for trainer in going:
             stack.enter_context(trainer.state)
-        while behind := [trainer for trainer in going if not trainer.finished]:
+        while behind := [trainer for trainer in going if not (trainer.finished or trainer.fault)]:
             step = min(trainer.step for trainer in behind)
-            with first.log.waiting() as waited:
-                x_BD = source.batch(step * size + own.start, own.stop - own.start)
+            began = time.monotonic()
+            x_BD = source.batch(step * size + own.start, own.stop - own.start)
+            waited = time.monotonic() - began
             for trainer in (trainer for trainer in behind if trainer.step == step):
-                trainer.log.waited += waited.seconds
-                trainer.advance(x_BD)
-                trainer.report(on_progress)
+                trainer.log.waited += waited
+                try:
+                    trainer.advance(x_BD)
+                except TrainError as error:
+                    if len(trainers) == 1:
+                        raise
+                    trainer.fault = error
+                    continue
+                trainer.report()
             words = set(told)
             for trainer in going if team.rank == 0 else []:
                 words |= obey(trainer.out)
             if team.size > 1:
                 words = _agreed(words, team)
-            if words:
-                for trainer in behind:
-                    trainer.save()
-            if "stop" in words and not all(trainer.finished for trainer in going):
-                raise StoppedError(step + 1, first.config.steps)
+            behind = [trainer for trainer in behind if not (trainer.finished or trainer.fault)]
+            for trainer in behind if words else []:
+                trainer.save()
+            if "stop" in words and behind:
+                raise StoppedError(behind[0].step, behind[0].config.steps)
     for trainer in going:
-        done[trainer.out] = trainer.finish()
+        if not trainer.fault:
+            done[trainer.out] = trainer.finish()
+    if all(trainer.fault for trainer in trainers):
+        raise TrainError("no run of the sweep came to its end", str(first.fault))
     return [summary for summary in done.values() if summary is not None]
 
 

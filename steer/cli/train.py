@@ -1,4 +1,7 @@
-"""`steer train`: activations in, an SAE out."""
+"""`steer train`: activations (or a text) in, an SAE out; `steer train report`, `stop` and `checkpoint` for its runs.
+
+`train` is a group of commands whose default is training itself: what is no name of a command in it is a source.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from steer.cli import engines
-from steer.cli.capture import capture_files, check_files
-from steer.cli.options import Json, command, narrate, put
+from llama_3.ranks import world
+from steer.cli.capture import DryRun, Price, capture_files, check_files, load_whole
+from steer.cli.options import Json, app, command, narrate, put
+from steer.cli.train_progress import Bars
 from steer.config import Settings
+from steer.errors import ExitCode, SteerError
+from train.presets import DESCRIPTIONS
 
 if TYPE_CHECKING:
-    from train.trainer import TrainConfig
+    from train.config import TrainConfig
+    from train.distributed import Team
+    from train.reader import Source
 
 MOST_ROWS = 1_000_000
 """Rows that are captured from a text; a longer run reads them again, reshuffled."""
+TOLD = "; ".join(f"{name}: {what}" for name, what in DESCRIPTIONS.items())
 
 
-@command()
-def train(
+class _OrTrain(TyperGroup):
+    """A group in which everything that is not one of its commands goes to `run`, under the group's own name."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if args and args[0] in self.commands and args[0] != "run":
+            return super().make_context(info_name, args, parent, **extra)
+        return self.commands["run"].make_context(info_name, args, parent, **extra)
+
+
+group = typer.Typer(cls=_OrTrain, help="Train an SAE.", rich_markup_mode=None)
+app.add_typer(group, name="train")
+Run = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN")]
+
+
+@command(group)
+def run(
     settings: Settings,
     source: Annotated[
-        Path, typer.Argument(help="A folder of `steer capture`, or a text.", metavar="ACTIVATIONS_OR_FILE")
+        Path,
+        typer.Argument(
+            help="A folder of `steer capture` or of [rows, width] .safetensors or .npy; or a text.",
+            metavar="ACTIVATIONS_OR_FILE",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the SAE will lie in RUN/sae.", metavar="RUN")],
-    arch: Annotated[Literal["topk"], typer.Option(help="Kind of SAE.")] = "topk",
+    arch: Annotated[
+        Literal["topk", "batchtopk", "relu", "jumprelu", "gated", "prolu"] | None,
+        typer.Option(help="Kind of SAE (default topk)."),
+    ] = None,
     latents: Annotated[int | None, typer.Option(help="Width (default 16 times the model's).", metavar="N")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Active latents per token (default 32).", metavar="N")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens (default 4,000,000).", metavar="N")] = None,
@@ -37,44 +68,232 @@ def train(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", metavar="N")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small SAE in minutes.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, or start it.")] = False,
+    preset: Annotated[str | None, typer.Option(help=f"Where defaults come from. {TOLD}.", metavar="NAME")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML with any setting; a run's config.toml is one.", metavar="FILE")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting, as k_aux=512; repeatable.", metavar="KEY=VALUE")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="One SAE for each value, from the same rows; repeatable.", metavar="KEY=V1,V2"),
+    ] = None,
+    lr_sweep: Annotated[
+        str | None, typer.Option(help="Rates to try in short runs first, or auto.", metavar="V1,V2|auto")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="From a text with no activations on disk.")] = False,
+    shard: Annotated[
+        Literal["data", "latents"], typer.Option(help="Under torchrun: what the processes share out.")
+    ] = "data",
+    dry_run: DryRun = False,
+    price_per_hour: Price = None,
+    wandb: Annotated[str | None, typer.Option(help="Also log to Weights & Biases.", metavar="PROJECT")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
     json: Json = False,
 ) -> None:
-    """Train an SAE."""
-    from train.trainer import check_folder, read_run
-    from train.trainer import train as run
+    """Train an SAE. On a run: `steer train report RUN`, `steer train stop RUN`, `steer train checkpoint RUN`."""
+    from train.config import parse_settings, read_run, read_settings, typed
+    from train.distributed import join_team
+    from train.signals import StoppedError
+    from train.sweep import parse_sweep
+    from train.trainer import check_folder
 
-    given = {"latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
+    given = {"arch": arch, "latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
     given |= {"checkpoint_every": checkpoint_every}
-    typed = {name: value for name, value in given.items() if value is not None}
-    check_folder(out, resume)
+    values: dict[str, Any] = read_settings(config) if config else {}
+    values |= parse_settings(set_ or [])
+    values |= {name: typed(name, value) for name, value in given.items() if value is not None}
+    named = values.pop("preset", None)
+    members = parse_sweep(sweep or [])
+    rates = _rates(lr_sweep)
+    if preset and quick and preset != "quick":
+        raise SteerError(f"--quick is the preset quick, and --preset is {preset}", "give one of the two")
+    if sweep and rates is not None:
+        raise SteerError("--sweep and --lr-sweep are two things", "sweep the rate itself with --sweep lr=1e-4,2e-4")
+    check_folder(out, resume or dry_run)
     stored = read_run(out)[0] if (out / "config.toml").exists() else None
-    config = _config(stored, typed, quick)
-    if not source.is_dir():
-        check_files([source])
-        asked = config or stored  # a run that goes on asks for the rows it began with
-        rows = min(MOST_ROWS, asked.tokens or MOST_ROWS) if asked else MOST_ROWS
-        capture_files(engines.load_engine(settings), settings, [source], out / "activations", None, rows)
-        source = out / "activations"
-    summary = asdict(run(source, out, config, _tell, resume=resume, quick=quick, threads=settings.threads))
-    if json:
-        put(summary)
-    else:
-        told = ", ".join(f"{name} {value:g}" for name, value in summary.items() if name not in ("steps", "tokens"))
-        print(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens: {told}; the SAE is in {out / 'sae'}")
+    if not stored and not members and any(out.glob("*/config.toml")):
+        raise SteerError(f"{out} holds a sweep", "give the same --sweep to go on with it, or choose another folder")
+    chosen = _config(stored, preset or ("quick" if quick else named), values)
+    device = _device(settings)
+    team = join_team(shard, device=device)
+    try:
+        rows = _rows(source, out, chosen, settings, stream, dry_run, team)
+        if dry_run:
+            _show_cost(rows, chosen, settings, device, price_per_hour, json)
+            return
+        bars = Bars(out, chosen, wandb=wandb, tensorboard=tensorboard, shown=team.rank == 0)
+        threads = _threads(settings)
+        with bars:
+            if rates is not None and not stored:
+                chosen = replace(chosen, lr=_searched(rows, out, chosen, rates, bars, threads, team, device))
+            if members:
+                from train.sweep import sweep as run_sweep
+
+                found = run_sweep(
+                    rows, out, chosen, members, bars.of, resume=resume, threads=threads, team=team, device=device
+                )
+            else:
+                from train.trainer import train
+
+                summary = asdict(
+                    train(rows, out, chosen, bars.of(""), resume=resume, threads=threads, team=team, device=device)
+                )
+        if members:
+            _show_sweep(found, json)
+        elif json:
+            put(summary)
+        else:
+            told = ", ".join(f"{name} {value:g}" for name, value in summary.items() if name not in ("steps", "tokens"))
+            print(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens: {told}; the SAE is in {out / 'sae'}")
+    except StoppedError as stop:
+        narrate(f"{stop}; the same command with --resume goes on")
+        raise typer.Exit(ExitCode.INTERRUPTED) from stop
+    finally:
+        team.leave()
 
 
-def _config(stored: TrainConfig | None, typed: dict[str, Any], quick: bool) -> TrainConfig | None:
-    """The config to ask for: the stored or the default one with what was typed; None leaves all to the run."""
-    from train.trainer import TrainConfig
+@command(group)
+def report(
+    settings: Settings,
+    of: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures (default RUN/report).", metavar="DIR")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Draw a run: losses, dead latents, activity, density, as PNG files and one HTML page."""
+    from train.report import report as draw
 
-    if not typed and (stored or not quick):
+    page = draw(of, out or of / "report")
+    put({"page": str(page)}) if json else print(page)
+
+
+@command(group)
+def stop(settings: Settings, of: Run) -> None:
+    """Ask a run to save itself and end after its present step."""
+    _tell(of, "stop")
+
+
+@command(group)
+def checkpoint(settings: Settings, of: Run) -> None:
+    """Ask a run to save itself after its present step and go on."""
+    _tell(of, "checkpoint")
+
+
+def _tell(of: Path, word: str) -> None:
+    from train.metrics import tell
+
+    for member in sorted(file.parent for file in of.glob("*/config.toml")) or [of]:
+        tell(member, word)
+    narrate(f"{of} was told: {word}; it obeys when its step is finished, if it is running")
+
+
+def _config(stored: TrainConfig | None, preset: str | None, values: dict[str, Any]) -> TrainConfig:
+    """The config to ask for: that of the run that is there, unless a preset was named, with what was given."""
+    from train.config import TrainConfig
+
+    if stored and preset is None:
+        return replace(stored, **values)
+    return TrainConfig.of(preset or "default", **values)
+
+
+def _rates(text: str | None) -> list[float] | None:
+    """The learning rates to try: none for `auto`, None for no search."""
+    from train.config import typed
+
+    if text is None:
         return None
-    return replace(stored or (TrainConfig.quick() if quick else TrainConfig()), **typed)
+    return [] if text == "auto" else [float(typed("lr", part)) for part in text.split(",")]
 
 
-def _tell(entry: dict[str, Any]) -> None:
-    if entry["step"] % 100 == 0 or entry["step"] == entry["steps"]:
-        narrate(
-            f"step {entry['step']:,} of {entry['steps']:,}: fvu {entry['fvu']:.4f}, l0 {entry['l0']:.1f}, "
-            f"dead {entry['dead']:.1%}, {entry['tokens_per_second']:,.0f} tokens/s"
+def _device(settings: Settings) -> str:
+    """Where to train: a CUDA card where there is one and nothing else was asked for, else the CPU."""
+    import torch
+
+    from llama_3.parallel import own_device
+
+    wanted = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not wanted.startswith(("cpu", "cuda")):
+        raise SteerError(f"training runs on cpu or cuda, not on {wanted}", "leave --device out")
+    return str(own_device(wanted)) if world() > 1 else wanted
+
+
+def _threads(settings: Settings) -> int:
+    import torch
+
+    return settings.threads or torch.get_num_threads()
+
+
+def _rows(
+    source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool, dry_run: bool, team: Team
+) -> Source:
+    """The rows to train on; those of a text are captured first, or as they are needed."""
+    from train.trainer import open_rows
+
+    if source.is_dir() and not stream:
+        return open_rows(source, config)
+    check_files([source])
+    if stream:
+        return _streamed(source, config, settings)
+    if dry_run:
+        raise SteerError(
+            f"{source} is a text: its activations must be there for a trial",
+            "`steer capture --dry-run` says what they cost; --stream needs none",
         )
+    asked = config.tokens or MOST_ROWS  # a run that goes on asks for the rows it began with
+    capture_files(load_whole(settings), settings, [source], out / "activations", None, min(MOST_ROWS, asked))
+    team.wait()
+    return open_rows(out / "activations", config)
+
+
+def _searched(
+    rows: Source, out: Path, config: TrainConfig, rates: list[float], bars: Bars, threads: int, team: Team, device: str
+) -> float:
+    """The learning rate that the short runs found best; their table goes to stderr."""
+    from train.sweep import search_rate
+    from train.trainer import TrainSummary
+
+    best, table = search_rate(rows, out / "lr-sweep", config, rates, bars.of, threads=threads, team=team, device=device)
+    narrate("learning rate        FVU")
+    for rate, found in table.items():
+        told = f"{found.fvu:10.4f}" if isinstance(found, TrainSummary) else f"  {found}"
+        narrate(f"{rate:13.3g} {told}")
+    narrate(f"training with {best:.3g}")
+    return best
+
+
+def _show_sweep(found: dict[str, Any], json: bool) -> None:
+    """One line (object) a member."""
+    from train.trainer import TrainSummary
+
+    width = max(len(name) for name in found)
+    if not json:
+        print(f"{'':{width}}      FVU       L0     dead")
+    for name, summary in found.items():
+        good = isinstance(summary, TrainSummary)
+        if json:
+            put({"run": name} | (asdict(summary) if good else {"error": str(summary)}))
+        elif good:
+            print(f"{name:{width}} {summary.fvu:8.4f} {summary.l0:8.1f} {summary.dead:8.2%}")
+        else:
+            print(f"{name:{width}}  {summary}")
+
+
+def _show_cost(
+    rows: Source, config: TrainConfig, settings: Settings, device: str, price: float | None, json: bool
+) -> None:
+    """What the run would cost, from some steps that leave nothing behind."""
+    from train.trial import training_cost
+
+    cost = training_cost(rows, config, threads=_threads(settings), device=device, price_per_hour=price)
+    if json:
+        put(asdict(cost))
+    else:
+        print("\n".join(cost.lines()))
+
+
+def _streamed(source: Path, config: TrainConfig, settings: Settings) -> Source:
+    """Rows that the model makes as they are needed."""
+    raise NotImplementedError
