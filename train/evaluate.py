@@ -37,9 +37,9 @@ METRICS = {
     },
     "downstream": {
         "ce_clean": "cross-entropy of the model as it is, nats a token",
-        "ce_spliced": "with y in place of x",
-        "ce_zero": "with zeros in place of x",
-        "ce_mean": "with the mean of x in place of x",
+        "ce_spliced": "cross-entropy with y in place of x",
+        "ce_zero": "cross-entropy with zeros in place of x",
+        "ce_mean": "cross-entropy with the mean of x in place of x",
         "delta_ce": "ce_spliced - ce_clean",
         "loss_recovered_zero": "(ce_zero - ce_spliced) / (ce_zero - ce_clean)",
         "loss_recovered_mean": "(ce_mean - ce_spliced) / (ce_mean - ce_clean)",
