@@ -173,8 +173,9 @@ def logit_effects(
     """(latent, promoted, suppressed) for every latent: token ids and logits per unit of activation, strongest first.
 
     The logit lens: the decoder direction, times the weight of the final norm, through the unembedding, less its mean
-    over the vocabulary; the norm's division is left out. From `attn_z` the way to the residual stream leads through the
-    block's output projection. Special tokens take no part.
+    over the vocabulary; the norm's division is left out, as is the size of the token where the SAE
+    normalises by it. From `attn_z` the way to the residual stream leads through the block's output projection. Special
+    tokens take no part.
     """
     ordinary = [token for token in range(model.config.vocab_size) if token not in tokenizer.special_ids]
     ordinary = [token for token in ordinary if token < tokenizer.vocab_size]
