@@ -177,8 +177,12 @@ class Plan:
         """Where `b_dec` starts, (D,) float32, in the units of scaled inputs."""
         return (torch.tensor(getattr(self, self.center), dtype=torch.float64) / self.scale.factor).float()
 
-    def check_made_from(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+    def check_made_from(self, folder: Path, entries: list[dict[str, Any]], d_in: int) -> None:
         """`TrainError` naming the first file that is not what the plan was made from."""
+        if len(self.mean) != d_in:
+            raise TrainError(
+                f"the plan in {folder} is for rows of width {len(self.mean)}, not {d_in}", "run steer preprocess again"
+            )
         planned = {entry["name"]: entry for entry in self.made_from}
         for entry in entries:
             known = planned.pop(entry["name"], {})
@@ -260,7 +264,8 @@ def read_plan(folder: Path | str) -> Plan | None:
         usable = (
             plan.scale.mode in MODES and plan.scale.factor > 0 and plan.center in CENTERS and 0 <= plan.held_out < 1
         )
-        numbers = all(math.isfinite(value) for value in (*plan.mean, *plan.median, plan.scale.factor))
+        counts = all(isinstance(value, int) for value in (plan.seed, plan.rows, plan.held_out_rows))
+        numbers = counts and all(math.isfinite(value) for value in (*plan.mean, *plan.median, plan.scale.factor))
         if not (
             usable and numbers and len(plan.mean) == len(plan.median) and all("sha256" in e for e in plan.made_from)
         ):

@@ -113,7 +113,7 @@ class ShardReader:
         entries, self._captured = self._open()
         self.plan: Plan | None = read_plan(self.folder) if use_plan else None
         if self.plan:
-            self.plan.check_made_from(self.folder, entries)
+            self.plan.check_made_from(self.folder, entries, self.d_in)
             if held_out is not None and held_out != self.plan.held_out:
                 raise TrainError(
                     f"the plan in {folder} holds out {self.plan.held_out:g} of the documents, not {held_out:g}",
