@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.activations import ACTIVATIONS, PROLU_PLAIN, Activation, Latents, check_activation, positive, topk
-from sae.kernels import decode_sparse
+from sae.kernels import decode_pairs, decode_sparse
 from sae.screen import MARGIN, MOST_TOKENS, Screen
 from sae.screen import available as screening_available
 
@@ -167,13 +167,7 @@ class SAE(nn.Module):
         else:  # one position with many active latents must not make all others wide
             on_BK = values_BK != 0
             count_B = on_BK.sum(1)
-            y_BD = nn.functional.embedding_bag(
-                indices_BK[on_BK],
-                weight,
-                count_B.cumsum(0) - count_B,
-                per_sample_weights=values_BK[on_BK],
-                mode="sum",
-            )
+            y_BD = decode_pairs(indices_BK[on_BK], values_BK[on_BK], count_B.cumsum(0) - count_B, weight)
         y = y_BD.view(*latents.indices.shape[:-1], self.config.d_in) + self.b_dec_D.float()
         if self.config.normalise == "none":
             return y

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.kernels import Encoder, TokensByLatent, decode_sparse, gather_dot, topk_indices
+from sae.kernels import Encoder, TokensByLatent, decode_pairs, decode_sparse, dot_pairs, gather_dot, topk_indices
 
 
 @settings(max_examples=30, deadline=None)
@@ -32,15 +32,27 @@ def test_decode_and_gather_dot_equal_dense_products() -> None:
 @pytest.mark.parametrize("size", [16, 50, 64])
 def test_weight_gradients_range_by_range_equal_the_dense_product(size: int) -> None:
     indices_BK, values_BK, x_BD = torch.randn(6, 50).topk(5).indices, torch.rand(6, 5), torch.randn(6, 8)
-    pairs = TokensByLatent(indices_BK, 50)
-    edges, out_FD = pairs.edges(size), torch.empty(50, 8)
+    pairs = TokensByLatent(indices_BK.reshape(-1), torch.arange(6).repeat_interleave(5), 50)
+    sorted_P, edges = values_BK.reshape(-1)[pairs.order_P], pairs.edges(size)
+    start_FD = torch.randn(50, 8)
+    out_FD = start_FD.clone()
     for number, first in enumerate(range(0, 50, size)):
-        pairs.product(
-            pairs.sort(values_BK), x_BD, first, out_FD[first : first + size], edges[number], edges[number + 1]
-        )
+        low, high = edges[number], edges[number + 1]
+        pairs.add_product(sorted_P, x_BD, first, out_FD[first : first + size], low, high, pairs.token_P)
     dense_BF = torch.zeros(6, 50).scatter_(1, indices_BK, values_BK)
-    torch.testing.assert_close(out_FD, dense_BF.t() @ x_BD)
-    assert (pairs.counts_F == (dense_BF > 0).sum(0)).all()
+    torch.testing.assert_close(out_FD - start_FD, dense_BF.t() @ x_BD, atol=1e-6, rtol=1e-5)
+    assert torch.bincount(pairs.latent_P, minlength=50).tolist() == (dense_BF > 0).sum(0).tolist()
+
+
+def test_decoding_pairs_and_their_dots_equal_dense_products_also_for_rows_with_none() -> None:
+    W_FD, x_BD = torch.randn(50, 8), torch.randn(4, 8)
+    dense_BF = (torch.rand(4, 50) - 0.8).relu()
+    dense_BF[1] = 0
+    row_P, latent_P = dense_BF.nonzero(as_tuple=True)
+    count_B = (dense_BF > 0).sum(1)
+    decoded_BD = decode_pairs(latent_P, dense_BF[row_P, latent_P], count_B.cumsum(0) - count_B, W_FD)
+    torch.testing.assert_close(decoded_BD, dense_BF @ W_FD)
+    torch.testing.assert_close(dot_pairs(x_BD, W_FD, latent_P, row_P), (x_BD @ W_FD.t())[row_P, latent_P])
 
 
 @pytest.mark.parametrize("screen", [torch.float32, torch.bfloat16])
