@@ -16,8 +16,8 @@ k = 64:
     inputs of the chosen pairs, 16 KB each                         4,832 MB, from L2 (all inputs are 67 MB)
 
 The last two are why the chosen (token, group) pairs are sorted by group: up to `PAIRS` tokens share the rows that a
-program loads. With a program per pair W_enc would be read `PAIRS` times more often. Smaller groups make the last lines
-smaller and the second larger; with 16 a tile has the width that tensor cores like.
+program loads. With a program per pair, W_enc would be read up to `PAIRS` times more often. Smaller groups make the last
+three lines smaller and the second larger. These are counts, not measurements.
 
 Shapes: B tokens, D width of the residual stream, F latents, K kept latents, G groups, C chosen groups, M members of the
 chosen groups, P (token, latent) pairs, R a range of latents.
