@@ -154,7 +154,7 @@ class ShardReader:
             number = bisect_right(ends, offset)
             start = offset - (ends[number - 1] if number else 0)
             rows_ND = self._take(epoch, number, groups[number])
-            part = rows_ND[self._order[1][start : start + size]]
+            part = rows_ND.index_select(0, self._order[1][start : start + size])
             parts.append(part)
             position, size = position + len(part), size - len(part)
         return torch.cat(parts).float() if len(parts) > 1 else parts[0].float()
