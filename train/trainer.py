@@ -157,36 +157,52 @@ class Trainer:
         self.held_out_ND = self.source.held_out(EVALUATED_ROWS)
         if self.config.early_stop and self.held_out_ND is None:
             raise TrainError("early_stop needs held-out rows", "set held_out to a share, such as 0.05")
-        self.state = self._begin(device)
         self.step, self.stopped, self.best, self.patience = 0, False, math.inf, 0
         self.log = Log()
-        self._load_checkpoint()
+        saved = self.checkpoints.newest()
+        try:
+            self.state = self._begin(device, saved[2] if saved else None)
+            if saved:
+                self._load(*saved)
+        except (KeyError, TypeError, RuntimeError) as error:
+            if saved is None:
+                raise
+            raise TrainError(
+                f"the checkpoint of step {saved[0]:,} in {out} does not fit this program ({error})",
+                "train again in another folder",
+            ) from error
         if not stored and team.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            where = str(Path(source).resolve()) if isinstance(source, Path | str) else "stream"
-            write_run(out, self.config, {"activations": where, "activations_sha256": self.source.digest})
+            folder = getattr(self.source, "folder", None)
+            where = {"activations": str(folder.resolve()) if folder else "stream"}
+            write_run(out, self.config, where | {"activations_sha256": self.source.digest})
         self.activity = ActivityLog(out / "activity")
 
-    def _begin(self, device: str) -> SparseStep:
-        """The state before the first step. Scale and centre come from the data's plan, else from a sample."""
-        config, plan = self.config, plan_of(self.source)
-        sample_ND = self.source.batch(0, min(SAMPLE_ROWS, self.source.rows))
-        if not bool(sample_ND.isfinite().all()):
-            raise TrainError("the activations hold NaN or infinite values", "capture them again")
-        if float(sample_ND.var(0, correction=0).sum()) <= 0:
-            raise TrainError("all activations are the same, so there is nothing to learn from them")
-        same = plan is not None and plan.scale.mode == config.scale
-        self.scale = plan.scale if plan and same else InputScale.measure(config.scale, sample_ND)
-        sample_ND = self.scale.apply(sample_ND)
-        if config.center == "none":
-            center_D = torch.zeros(self.source.d_in)
-        elif plan and same:
-            center_D = replace(plan, center=config.center).center_D()
-        elif config.center == "median":
-            center_D = geometric_median(sample_ND[:MEDIAN_ROWS]).float()
+    def _begin(self, device: str, saved: dict[str, Any] | None) -> SparseStep:
+        """The state before the first step, for a checkpoint's numbers one into which its tensors fit.
+
+        Scale and centre come from the data's plan, else from a sample.
+        """
+        config, plan, sample_ND = self.config, plan_of(self.source), None
+        center_D = torch.zeros(self.source.d_in)
+        if saved is not None:
+            self.scale, variance = InputScale(**saved["scale"]), float(saved["variance"])
         else:
-            center_D = sample_ND.mean(0)
-        variance = float(self.source.d_in) if self.scale.mode == "variance" else float(total_variance(sample_ND))
+            sample_ND = self.source.batch(0, min(SAMPLE_ROWS, self.source.rows))
+            if not bool(sample_ND.isfinite().all()):
+                raise TrainError("the activations hold NaN or infinite values", "capture them again")
+            if float(sample_ND.var(0, correction=0).sum()) <= 0:
+                raise TrainError("all activations are the same, so there is nothing to learn from them")
+            same = plan is not None and plan.scale.mode == config.scale
+            self.scale = plan.scale if plan and same else InputScale.measure(config.scale, sample_ND)
+            sample_ND = self.scale.apply(sample_ND)
+            variance = float(self.source.d_in) if self.scale.mode == "variance" else float(total_variance(sample_ND))
+            if config.center != "none" and plan and same:
+                center_D = replace(plan, center=config.center).center_D()
+            elif config.center == "median":
+                center_D = geometric_median(sample_ND[:MEDIAN_ROWS]).float()
+            elif config.center == "mean":
+                center_D = sample_ND.mean(0)
         return SparseStep.begin(
             config.latents,
             center_D,
@@ -214,7 +230,7 @@ class Trainer:
         x_BD = self.scale.apply(x_BD)
         k = config.k_at(step) if config.arch in COUNTED else None
         share = config.sparsity_share(step)
-        coefficient = share * float(self.state.coefficient[0]) if share < 1 else None
+        coefficient = share * self.state.strength if share < 1 else None
         try:
             parts = torch.split(x_BD, len(x_BD) // config.accumulate)
             gradients = [self.state.gradient(part, k=k, coefficient=coefficient) for part in parts]
@@ -290,14 +306,17 @@ class Trainer:
         return sae
 
     def finish(self) -> TrainSummary:
-        """Measures the SAE, on held-out rows if there are some, and writes it."""
-        sae = self.sae()
+        """Measures the SAE and writes it: on held-out rows if there are some, else on those it was trained on, but of a
+        stream, which cannot go back, on those that would have come next."""
+        sae, streamed = self.sae(), bool(self.source.manifest.get("streamed"))
         figures = torch.zeros(2, dtype=torch.float64)
         if self.team.rank == 0:
             held_ND, rows = self.source.held_out(self.config.stats_rows), min(self.config.stats_rows, self.source.rows)
-            starts = range(0, rows, READ_ROWS)
-            training = (self.source.batch(start, min(READ_ROWS, rows - start)) for start in starts)
-            found = measure(sae, training if held_ND is None else torch.split(held_ND, READ_ROWS), self.threads)
+            first = self.tokens if streamed else 0
+            other = (
+                self.source.batch(first + start, min(READ_ROWS, rows - start)) for start in range(0, rows, READ_ROWS)
+            )
+            found = measure(sae, other if held_ND is None else torch.split(held_ND, READ_ROWS), self.threads)
             figures += torch.tensor([found.fvu, found.l0], dtype=torch.float64)
         fvu, l0 = self.team.sum_(figures).tolist()
         summary = TrainSummary(self.step, self.tokens, fvu, l0, self.dead())
@@ -308,7 +327,7 @@ class Trainer:
                 "training": asdict(self.config),
                 "preset": self.config.preset,
                 "input_scale": asdict(self.scale),
-                "measured_on": "training rows" if held_ND is None else "held-out rows",
+                "measured_on": "held-out rows" if held_ND is not None else "new rows" if streamed else "training rows",
                 "versions": {"steer": _version("steer"), "torch": torch.__version__},
                 "metrics": asdict(summary),
             }
@@ -335,24 +354,13 @@ class Trainer:
         tensors = self.state.state() | {"random": torch.get_rng_state()}
         self.checkpoints.save(self.step, tensors, numbers, self.config.keep, self.config.keep_every)
 
-    def _load_checkpoint(self) -> None:
-        """Goes to the newest checkpoint that is whole; nothing to do if there is none."""
-        saved = self.checkpoints.newest()
-        if saved is None:
-            return
-        self.step, tensors, numbers = saved
-        try:
-            self.state.load_state(tensors)
-            self.scale, self.state.variance = InputScale(**numbers["scale"]), numbers["variance"]
-            self.stopped, self.patience = numbers["stopped"], numbers["patience"]
-            self.best = math.inf if numbers["best"] is None else numbers["best"]
-            self.log.load_state(numbers["log"])
-            torch.set_rng_state(tensors["random"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise TrainError(
-                f"the checkpoint of step {self.step:,} in {self.out} does not fit this program ({error})",
-                "train again in another folder",
-            ) from error
+    def _load(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Takes over what `save` wrote."""
+        self.state.load_state(tensors)
+        self.step, self.stopped, self.patience = step, numbers["stopped"], numbers["patience"]
+        self.best = math.inf if numbers["best"] is None else numbers["best"]
+        self.log.load_state(numbers["log"])
+        torch.set_rng_state(tensors["random"])
 
 
 def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:

@@ -13,10 +13,10 @@ import typer
 from typer.core import TyperGroup
 
 from llama_3.ranks import world
-from steer.cli.capture import DryRun, Price, capture_files, check_files, load_whole
+from steer.cli.capture import DryRun, Price, capture_files, check_files, hashes, hooks_of, load_whole, sources
 from steer.cli.options import Json, app, command, narrate, put
 from steer.cli.train_progress import Bars
-from steer.config import Settings
+from steer.config import DEMO_MODEL, Settings
 from steer.errors import ExitCode, SteerError
 from train.presets import DESCRIPTIONS
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 1_000_000
 """Rows that are captured from a text; a longer run reads them again, reshuffled."""
+MIXED_STEPS, LEAST_MIXED, MOST_MEMORY = 64, 1 << 16, 1 << 30
+"""A stream is shuffled within blocks: the steps one lasts, its rows at least, the bytes of two at most."""
 TOLD = "; ".join(f"{name}: {what}" for name, what in DESCRIPTIONS.items())
 
 
@@ -117,12 +119,12 @@ def run(
         raise SteerError(f"{out} holds a sweep", "give the same --sweep to go on with it, or choose another folder")
     chosen = _config(stored, preset or ("quick" if quick else named), values)
     device = _device(settings)
+    rows = _rows(source, out, chosen, settings, stream, dry_run)
+    if dry_run:
+        _show_cost(rows, chosen, settings, device, price_per_hour, json)
+        return
     team = join_team(shard, device=device)
     try:
-        rows = _rows(source, out, chosen, settings, stream, dry_run, team)
-        if dry_run:
-            _show_cost(rows, chosen, settings, device, price_per_hour, json)
-            return
         bars = Bars(out, chosen, wandb=wandb, tensorboard=tensorboard, shown=team.rank == 0)
         threads = _threads(settings)
         with bars:
@@ -226,9 +228,7 @@ def _threads(settings: Settings) -> int:
     return settings.threads or torch.get_num_threads()
 
 
-def _rows(
-    source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool, dry_run: bool, team: Team
-) -> Source:
+def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool, dry_run: bool) -> Source:
     """The rows to train on; those of a text are captured first, or as they are needed."""
     from train.trainer import open_rows
 
@@ -242,9 +242,10 @@ def _rows(
             f"{source} is a text: its activations must be there for a trial",
             "`steer capture --dry-run` says what they cost; --stream needs none",
         )
-    asked = config.tokens or MOST_ROWS  # a run that goes on asks for the rows it began with
+    asked = (
+        MOST_ROWS if config.epochs else config.tokens or MOST_ROWS
+    )  # a run that goes on asks for the rows it began with
     capture_files(load_whole(settings), settings, [source], out / "activations", None, min(MOST_ROWS, asked))
-    team.wait()
     return open_rows(out / "activations", config)
 
 
@@ -285,6 +286,8 @@ def _show_cost(
     rows: Source, config: TrainConfig, settings: Settings, device: str, price: float | None, json: bool
 ) -> None:
     """What the run would cost, from some steps that leave nothing behind."""
+    if world() > 1:
+        raise SteerError("a trial is for one process", "run it without torchrun, on one of the machines")
     from train.trial import training_cost
 
     cost = training_cost(rows, config, threads=_threads(settings), device=device, price_per_hour=price)
@@ -295,5 +298,18 @@ def _show_cost(
 
 
 def _streamed(source: Path, config: TrainConfig, settings: Settings) -> Source:
-    """Rows that the model makes as they are needed."""
-    raise NotImplementedError
+    """Rows that the model makes as they are needed; of the documents, the share `held_out` is kept apart."""
+    from llama_3.hub import resolve_model
+    from train.capture import Job
+    from train.stream import StreamSource
+    from train.text import TextPlan
+
+    if config.epochs:
+        raise SteerError("nobody knows how long an epoch of a stream is", "give --tokens instead of epochs")
+    engine = load_whole(settings)
+    hook, width = hooks_of(engine, None)[0], engine.model.config.d_model
+    job = Job(engine.model, engine.tokenizer, sources([source]), TextPlan(held_out=config.held_out), engine.chat_format)
+    block = max(MIXED_STEPS * config.batch, LEAST_MIXED)
+    made_by = hashes(resolve_model(settings.model) if settings.model else DEMO_MODEL)
+    memory = min(MOST_MEMORY, 4 * block * width)  # two blocks in bfloat16
+    return StreamSource(job, hook, config.seed, mix_bytes=memory, provenance=made_by)
