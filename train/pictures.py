@@ -202,6 +202,8 @@ def _done(
     figure: Figure, drawn: bool, *, log: Sequence[Axes] = (), zero: Sequence[Axes] = (), tokens: bool = True
 ) -> Figure | None:
     """The figure with its scales, axis names and legends; None if nothing is in it. `zero` are axes that begin at 0."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     if not drawn:
         return None
     for axes in figure.axes:
@@ -212,6 +214,8 @@ def _done(
             axes.set_ylim(0, 1.08 * float(heights.max()))
         if tokens and axes.get_title():
             axes.set_xlabel("training tokens")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False)
     return figure

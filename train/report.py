@@ -129,7 +129,7 @@ def _facts(page: _Page, entries: list[Entry], finished: bool) -> None:
     for key, style in (shown | {"grad_norm": ".3g", "lr": ".3g"}).items():
         values = series(entries, key)[1]
         if len(values):
-            page.facts.append((key.replace("_", " "), format(values[-1], style)))
+            page.facts.append((key.replace("_", " ").replace("fvu", "FVU"), format(values[-1], style)))
     speeds = series(entries, "tokens_per_second")[1]
     if len(speeds):
         page.facts.append(("tokens a second, median", f"{np.median(speeds):,.0f}"))
@@ -215,7 +215,7 @@ def _density(page: _Page, entries: list[Entry]) -> None:
 
 def _bias(page: _Page, run: Path) -> None:
     b_enc_F, where = read_b_enc(run)
-    page.add("b_enc", "The bias of the encoder.", draw_b_enc(b_enc_F, where))
+    page.add("biases", "b_enc, the bias of the encoder.", draw_b_enc(b_enc_F, where))
     if len(b_enc_F):
         page.facts.append(("b_enc below 0", f"{negative_share(b_enc_F):.2%}"))
 

@@ -107,7 +107,7 @@ def make_run(run: Path, metrics: list[dict[str, Any]] | None = None, config: str
     return run
 
 
-PICTURES = {"loss", "loss_parts", "dead", "activity", "density", "b_enc", "speed"}
+PICTURES = {"loss", "loss_parts", "dead", "activity", "density", "biases", "speed"}
 
 
 class Reading(HTMLParser):
@@ -177,7 +177,7 @@ def test_text_of_a_run_is_escaped(tmp_path: Path) -> None:
 def test_a_missing_key_costs_no_more_than_its_curve(tmp_path: Path, gone: str) -> None:
     metrics = [{key: value for key, value in entry.items() if key != gone} for entry in entries(50)]
     page = report(make_run(tmp_path / "run", metrics))
-    assert (page.parent / "b_enc.png").exists()
+    assert (page.parent / "biases.png").exists()
     assert (page.parent / "density.png").exists() == (gone != "density")
     assert ("No picture of density" in page.read_text()) == (gone == "density")
 
