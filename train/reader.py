@@ -193,7 +193,7 @@ class ShardReader:
 
     def _open(self) -> tuple[list[dict[str, Any]], bool]:
         """Finds the files and what they are: their entries for a plan, and whether they are a capture."""
-        if (self.folder / "manifest.json").exists() or any(self.folder.glob("rank-*/manifest.json")):
+        if (self.folder / "manifest.json").exists():
             manifest = read_manifest(self.folder)
             check_shards(self.folder, manifest, hashes=False)
             if not manifest["shards"]:
