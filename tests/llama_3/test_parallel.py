@@ -311,13 +311,13 @@ def test_one_process_reads_and_speaks_for_the_command(
 def test_the_chat_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         started(monkeypatch, rank, 2)
-        for arguments in (["chat", "--plain"], [], ["train", "shards", "--out", "run"]):
+        for arguments in (["chat", "--plain"], [], ["split", "text.txt", "--out", "text.parquet"]):
             assert main(arguments) == 1
             out, err = capsys.readouterr()
             name = arguments[0] if arguments else "chat"
             told = (
                 f"error: `steer {name}` is for one process, and torchrun started 2\n\n"
-                "hint: several share a model in `steer complete` and `steer inspect`\n"
+                "hint: several share a model in `steer complete` and `inspect`, and the work in `steer capture` and `train`\n"
             )
             assert (out, err) == ("", "" if rank else told)
 
