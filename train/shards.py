@@ -14,11 +14,9 @@ import json
 import os
 import queue
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -359,72 +357,3 @@ class ShardWriter:
             first, before = end, before + shard["rows"]
         if not self.manifest["done"]:
             yield _Gap(len(self.manifest["shards"]), first, None, rows - before)
-
-
-class ShardReader:
-    """Rows of an activations folder in a seeded random order, epoch after epoch, each in another order.
-
-    Shards are shuffled, taken `mix` at a time, and the rows of such a group are shuffled; one group lies in memory.
-    """
-
-    def __init__(self, folder: Path | str, seed: int, *, mix_bytes: int = 1 << 30):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        check_shards(folder, self.manifest, hashes=False)
-        self.shards: list[dict[str, Any]] = self.manifest["shards"]
-        self.rows = sum(shard["rows"] for shard in self.shards)
-        if not self.rows:
-            raise TrainError(f"{folder} holds no activations yet", "run steer capture to its end")
-        self.d_in = int(self.manifest["d_in"])
-        self._seed = seed
-        self._mix = max(1, mix_bytes // max(shard["bytes"] for shard in self.shards))
-        self._group: tuple[int, int] = (-1, -1)
-        self._group_rows = torch.empty(0, self.d_in)
-        self._epoch: tuple[int, list[list[int]], list[int]] = (-1, [], [])
-
-    def batch(self, position: int, size: int) -> Tensor:
-        """Rows `position` to `position + size` of the endless shuffled sequence, (size, D), float32."""
-        parts = []
-        while size > 0:
-            epoch, offset = divmod(position, self.rows)
-            groups, ends = self._plan(epoch)
-            group = bisect_right(ends, offset)
-            start = offset - (ends[group - 1] if group else 0)
-            part = self._load(epoch, group, groups[group])[start : start + size]
-            parts.append(part)
-            position, size = position + len(part), size - len(part)
-        return torch.cat(parts).float() if len(parts) > 1 else parts[0].float()
-
-    def _plan(self, epoch: int) -> tuple[list[list[int]], list[int]]:
-        if self._epoch[0] != epoch:
-            order = torch.randperm(len(self.shards), generator=self._generator(epoch, 0)).tolist()
-            groups = [order[i : i + self._mix] for i in range(0, len(order), self._mix)]
-            ends = list(accumulate(sum(self.shards[shard]["rows"] for shard in group) for group in groups))
-            self._epoch = (epoch, groups, ends)
-        return self._epoch[1], self._epoch[2]
-
-    def _load(self, epoch: int, group: int, members: list[int]) -> Tensor:
-        if self._group != (epoch, group):
-            self._group_rows = torch.empty(0, self.d_in)  # the old group is freed before the new one is read
-            rows_ND = torch.cat([self._read(self.shards[shard]["name"]) for shard in members])
-            order = torch.randperm(len(rows_ND), generator=self._generator(epoch, group + 1))
-            self._group_rows, self._group = rows_ND[order], (epoch, group)
-        return self._group_rows
-
-    def _read(self, name: str) -> Tensor:
-        try:
-            with safe_open(self.folder / name, framework="pt") as shard:
-                rows_ND: Tensor = shard.get_tensor("rows")
-        except (SafetensorError, OSError) as error:
-            raise TrainError(
-                f"shard {self.folder / name} is damaged ({error})", "run the same steer capture again"
-            ) from error
-        if rows_ND.ndim != 2 or rows_ND.shape[1] != self.d_in:
-            raise TrainError(
-                f"shard {self.folder / name} has rows of shape {tuple(rows_ND.shape)}, not (rows, {self.d_in})"
-            )
-        return rows_ND
-
-    def _generator(self, epoch: int, part: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed} {epoch} {part}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
