@@ -87,5 +87,5 @@ def _check_shared(arguments: Sequence[str]) -> None:
     if name not in SHARED and not {"--help", "--version"}.intersection(arguments):
         raise SteerError(
             f"`steer {name}` is for one process, and torchrun started {world()}",
-            "several share a model in `steer complete` and `inspect`, and the work in `steer capture` and `train`",
+            "several run `steer complete`, `inspect`, `capture` and `train`",
         )

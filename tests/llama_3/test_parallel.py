@@ -317,7 +317,7 @@ def test_the_chat_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: py
             name = arguments[0] if arguments else "chat"
             told = (
                 f"error: `steer {name}` is for one process, and torchrun started 2\n\n"
-                "hint: several share a model in `steer complete` and `inspect`, and the work in `steer capture` and `train`\n"
+                "hint: several run `steer complete`, `inspect`, `capture` and `train`\n"
             )
             assert (out, err) == ("", "" if rank else told)
 
