@@ -188,7 +188,10 @@ class ShardReader:
             bad_N = ~torch.isfinite(rows_ND).all(1)
             first = int(bad_N.nonzero()[0])
             value = float(rows_ND[first][~torch.isfinite(rows_ND[first])][0])
-            raise TrainError(f"row {int(chosen_N[first])} of {piece.file.path} holds {value}")
+            raise TrainError(
+                f"row {int(chosen_N[first])} of {piece.file.path} holds {value}",
+                "make the file again, without that row",
+            )
         return rows_ND
 
     def _open(self) -> tuple[list[dict[str, Any]], bool]:

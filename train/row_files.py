@@ -18,6 +18,7 @@ from train.errors import TrainError
 
 NAMES = ("rows", "activations", "embeddings")
 """Tensors of a safetensors file that are taken for its rows, in this order; else its only 2-D one."""
+AGAIN = "make the file again; steer capture, run as before, makes a damaged shard anew"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
 
@@ -53,11 +54,9 @@ class RowFile:
             with safe_open(self.path, framework="pt") as stored:
                 tensor: Tensor = stored.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            hint = "run the same steer capture again: it makes a damaged shard anew"
-            raise TrainError(f"{self.path} is damaged ({error})", hint) from error
+            raise TrainError(f"{self.path} is damaged ({error})", AGAIN) from error
         if len(tensor) != self.rows:
-            hint = "run the same steer capture again: it makes a damaged shard anew"
-            raise TrainError(f"{self.path} has {len(tensor)} {name}, but should have {self.rows}", hint)
+            raise TrainError(f"{self.path} has {len(tensor)} {name}, but should have {self.rows}", AGAIN)
         return tensor[start:stop]
 
 
