@@ -27,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config_sha256: str, team: Team):
         self.folder, self.team = folder, team
-        self._identity = {"config": config_sha256, "shards": str(team.shards)}
+        self._identity = {"config": config_sha256, "shards": team.shards}
         self._suffix = f".{team.rank}.safetensors" if team.shards > 1 and team.rank else ".safetensors"
 
     def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], keep: int, keep_every: int) -> None:
@@ -43,7 +43,8 @@ class Checkpoints:
         temporary = file.with_name(file.name + ".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata = self._identity | {"numbers": json.dumps(numbers)}
+            # One entry, since the order in which several are written is not always the same.
+            metadata = {"run": json.dumps(self._identity | {"numbers": numbers})}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
             os.replace(temporary, file)
         except (SafetensorError, OSError) as error:
@@ -55,8 +56,9 @@ class Checkpoints:
             ) from error
         if self.team.shards > 1 and self.team.rank:
             self.team.wait()
-        old = [step for step in self._steps() if not (keep_every and step % keep_every == 0)][:-keep]
-        for number in old:
+        for number in self._steps()[:-keep]:
+            if keep_every and number % keep_every == 0:
+                continue
             (self.folder / f"{number:09d}{self._suffix}").unlink(missing_ok=True)
 
     def newest(self) -> Saved | None:
@@ -85,8 +87,8 @@ class Checkpoints:
     def _load(self, step: int) -> Saved:
         file = self.folder / f"{step:09d}{self._suffix}"
         with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            if "config" not in metadata or metadata["config"] != self._identity["config"]:
+            metadata = json.loads((stored.metadata() or {}).get("run", "{}"))
+            if metadata.get("config") != self._identity["config"]:
                 raise TrainError(
                     f"checkpoint {file} is of a run with another config",
                     "put the config.toml it was made with back, or train in another folder",
@@ -98,7 +100,7 @@ class Checkpoints:
                     "go on with as many processes as before",
                 )
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        return step, tensors, json.loads(metadata["numbers"])
+        return step, tensors, metadata["numbers"]
 
     def _steps(self, suffix: str | None = None) -> list[int]:
         """The steps of which this process (or one with another suffix) has a file, in order."""

@@ -164,6 +164,8 @@ class Trainer:
             self.state = self._begin(device, saved[2] if saved else None)
             if saved:
                 self._load(*saved)
+            else:
+                torch.manual_seed(self.config.seed)
         except (KeyError, TypeError, RuntimeError) as error:
             if saved is None:
                 raise

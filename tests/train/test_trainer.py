@@ -1,196 +1,220 @@
-"""Gradients against autograd, a known dictionary found again, and runs that survive a kill."""
+"""A known dictionary found again, SAEs on disk that do what was measured, and what the trainer refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sae.checkpoint import load_sae
-from sae.losses import auxk_target, normalised_mse, total_variance
+from tests.train.known_rows import HOOK, known_rows, small, write_activations, write_rows
+from train.activity import read_activity
+from train.config import TrainConfig
 from train.errors import TrainError
 from train.metrics import read_metrics
-from train.shards import FORMAT, VERSION, ShardReader, write_json, write_shard
-from train.step import Recipe, SparseStep
-from train.trainer import TrainConfig, TrainSummary, default_rate, train
+from train.preprocess import make_plan, write_plan
+from train.reader import ShardReader
+from train.trainer import Trainer, density, run_together, train
 
 
-def reference_gradients(step: SparseStep, x_BD: Tensor) -> dict[str, Tensor]:
-    """Dense autograd in float64 of the loss in the module docstring of `train.step`, decoder gradient projected."""
-    recipe = step.recipe
-    w = {name: weight.double().requires_grad_() for name, weight in step.weights.items()}
-    x_BD = x_BD.double()
-    pre_BF = (x_BD - w["b_dec"]) @ w["W_enc"].t() + w["b_enc"]
-
-    def keep(pre: Tensor, k: int) -> Tensor:
-        values, indices = pre.topk(k)
-        return torch.zeros_like(pre).scatter(1, indices, values.relu())
-
-    y_BD = keep(pre_BF, recipe.k) @ w["W_dec"] + w["b_dec"]
-    loss = normalised_mse(x_BD, y_BD, recipe.variance)
-    dead_F = step.silent_F >= recipe.dead_after
-    if dead_F.any():
-        target_BD = auxk_target(x_BD, y_BD)
-        aux_BD = keep(pre_BF[:, dead_F], min(recipe.k_aux, int(dead_F.sum()))) @ w["W_dec"][dead_F]
-        loss = loss + recipe.aux_coefficient * normalised_mse(target_BD, aux_BD, total_variance(target_BD))
-    loss.backward()
-    found = {name: weight.grad for name, weight in w.items() if weight.grad is not None}
-    unit_FD = w["W_dec"].detach()
-    found["W_dec"] -= (found["W_dec"] * unit_FD).sum(1, keepdim=True) * unit_FD
-    return found
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("dead", [0, 5, 40])
-def test_one_update_is_adam_on_the_gradients_of_autograd(dead: int) -> None:
-    generator = torch.Generator().manual_seed(dead)
-    x_BD = torch.randn(300, 12, generator=generator)
-    recipe = Recipe(k=4, k_aux=6, aux_coefficient=0.5, dead_after=100, variance=12.0)
-    with SparseStep.begin(96, x_BD.mean(0), recipe, seed=1, threads=2) as step:
-        step.weights["b_enc"].normal_(std=0.1, generator=generator)
-        step.weights["W_enc"].add_(torch.randn(96, 12, generator=generator), alpha=0.1)
-        step.silent_F[3 : 3 + dead] = 100
-        expected = reference_gradients(step, x_BD)
-        gradient = step.gradient(x_BD)
-        step.update(gradient, lr=1e-3)
-    torch.testing.assert_close(gradient.b_enc_F.double(), expected["b_enc"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient.b_dec_D.double(), expected["b_dec"], rtol=1e-4, atol=1e-6)
-    for name, wanted in expected.items():  # the first moment after one step is a tenth of the gradient
-        torch.testing.assert_close(10 * step.first_moments[name].double(), wanted, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(1000 * step.second_moments[name].double(), wanted**2, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(step.weights["W_dec"].norm(dim=1), torch.ones(96))
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def make_activations(folder: Path, rows: int, d: int = 16, atoms: int = 32) -> Tensor:
-    """Rows that are sums of 3 of `atoms` unit directions around a mean far from 0; the directions come back."""
-    generator = torch.Generator().manual_seed(0)
-    atoms_FD = torch.nn.functional.normalize(torch.randn(atoms, d, generator=generator), dim=1)
-    chosen = torch.stack([torch.randperm(atoms, generator=generator)[:3] for _ in range(rows)])
-    strengths = 5 + 5 * torch.rand(rows, 3, generator=generator)
-    rows_ND = (atoms_FD[chosen] * strengths[..., None]).sum(1) + 20
-    folder.mkdir()
-    count = torch.arange(rows)
-    shards = [
-        write_shard(folder, i, rows_ND[i::4].contiguous(), count[i::4], count[i::4], count[i::4]) for i in range(4)
-    ]
-    manifest = {"hook": "blocks.0.hook_resid_post", "d_in": d, "shards": shards, "done": True}
-    write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION} | manifest)
-    return atoms_FD
-
-
-SMALL = TrainConfig(
-    latents=64, k=3, tokens=20_000, batch=256, lr=3e-3, checkpoint_every=20, dead_after=4000, stats_rows=4000
-)
-
-
-def test_a_known_dictionary_is_found_again(tmp_path: Path) -> None:
-    atoms_FD = make_activations(tmp_path / "a", 12_000, d=24, atoms=24)
-    config = TrainConfig(latents=48, k=3, tokens=250_000, batch=512, lr=4e-3, dead_after=20_000, stats_rows=4000)
+def test_a_known_dictionary_is_found_again_in_the_models_own_units(tmp_path: Path) -> None:
+    rows_ND, atoms_FD = known_rows(12_000, d=24, atoms=24)
+    write_activations(tmp_path / "a", rows_ND)
+    config = TrainConfig(latents=48, k=3, tokens=200_000, batch=512, lr=4e-3, dead_after=20_000, stats_rows=4000)
     summary = train(tmp_path / "a", tmp_path / "run", config, threads=1)
     sae = load_sae(tmp_path / "run" / "sae")
     best = (atoms_FD @ sae.W_dec_FD.t()).max(1).values
     assert best.median() > 0.97 and summary.fvu < 0.1
     assert sae.stats is not None and sae.stats.tokens == 4000
     norms_N = ShardReader(tmp_path / "a", config.seed).batch(0, 4000).norm(dim=1)
-    assert sae.stats.resid_norm == pytest.approx(float(norms_N.median())), "in the model's own units"
-    assert sae.manifest["metrics"]["fvu"] == summary.fvu and sae.config.hook == "blocks.0.hook_resid_post"
+    assert sae.stats.resid_norm == pytest.approx(float(norms_N.median()))
+    assert sae.manifest["metrics"]["fvu"] == summary.fvu and sae.config.hook == HOOK
+    assert sae.manifest["input_scale"]["mode"] == "variance" and sae.manifest["preset"] == "default"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, TrainSummary]:
-    folder = tmp_path_factory.mktemp("whole")
-    make_activations(folder / "a", 6000)
-    return folder / "a", folder / "run", train(folder / "a", folder / "run", SMALL, threads=2)
+SCALES = [("topk", scale) for scale in ("none", "norm", "layer_norm", "unit_norm")]
+KINDS = [(arch, "auto") for arch in ("topk", "batchtopk", "relu", "jumprelu", "gated", "prolu")]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(whole: tuple[Path, Path, TrainSummary], tmp_path: Path) -> None:
-    activations, unbroken, summary = whole
-
-    def kill(entry: dict[str, object]) -> None:
-        if entry["step"] == 50:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(activations, tmp_path, SMALL, kill, threads=1)
-    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == [
-        "000000020.safetensors",
-        "000000040.safetensors",
-    ]
-    torch.rand(7)
-    assert train(activations, tmp_path, resume=True, threads=2) == summary
-    for name in ("sae.safetensors", "stats.safetensors", "cfg.json", "manifest.json"):
-        assert (tmp_path / "sae" / name).read_bytes() == (unbroken / "sae" / name).read_bytes(), name
-    steps = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
-    assert steps == [entry["step"] for entry in read_metrics(unbroken / "metrics.jsonl")] == sorted(set(steps))
-
-
-def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(
-    whole: tuple[Path, Path, TrainSummary], tmp_path: Path
-) -> None:
-    activations, unbroken, _ = whole
-
-    def kill(entry: dict[str, object]) -> None:
-        if entry["step"] == 50:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(activations, tmp_path, SMALL, kill, threads=2)
-    file = tmp_path / "checkpoints" / "000000040.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    train(activations, tmp_path, resume=True, threads=2)
-    assert (tmp_path / "sae/sae.safetensors").read_bytes() == (unbroken / "sae/sae.safetensors").read_bytes()
-
-
-def test_a_folder_with_a_run_is_refused_and_resume_reads_a_finished_one(whole: tuple[Path, Path, TrainSummary]) -> None:
-    activations, unbroken, summary = whole
-    with pytest.raises(TrainError, match="already holds a run"):
-        train(activations, unbroken, SMALL)
-    assert train(activations, unbroken, SMALL, resume=True) == summary
-    with pytest.raises(TrainError, match="has k = 3, not 4"):
-        train(activations, unbroken, TrainConfig(latents=64, k=4), resume=True)
-
-
-def test_the_summary_is_what_the_sae_on_disk_does(whole: tuple[Path, Path, TrainSummary]) -> None:
-    activations, unbroken, summary = whole
-    sae = load_sae(unbroken / "sae")
-    x_ND = ShardReader(activations, SMALL.seed).batch(0, 4000)
+@pytest.mark.parametrize(("arch", "scale"), SCALES + KINDS)
+def test_the_summary_is_what_the_sae_on_disk_does(rows: Path, tmp_path: Path, arch: Any, scale: Any) -> None:
+    config = small(arch=arch, scale=scale, held_out=0.2, tokens=20_480)
+    trainer = Trainer(rows, tmp_path, config)
+    (summary,) = run_together([trainer])
+    sae = load_sae(tmp_path / "sae")
+    x_ND = ShardReader(rows, 0, held_out=0.2).held_out(1000)
+    assert x_ND is not None and sae.manifest["measured_on"] == "held-out rows"
     latents = sae.encode(x_ND)
-    fvu = (x_ND - sae.decode(latents)).pow(2).sum() / (x_ND - x_ND.mean(0)).pow(2).sum()
-    assert float(fvu) == pytest.approx(summary.fvu, rel=1e-3)
+    fvu = (x_ND - sae.decode(latents, x_ND)).pow(2).sum() / (x_ND - x_ND.mean(0)).pow(2).sum()
+    assert float(fvu) == pytest.approx(summary.fvu, rel=1e-3) and summary.fvu < 0.6
     assert float((latents.values > 0).sum(1).float().mean()) == pytest.approx(summary.l0)
     assert sae.stats is not None
     torch.testing.assert_close(sae.stats.max_F.max(), latents.values.max(), rtol=1e-4, atol=1e-4)
-    assert summary.steps == 79 and summary.tokens == 79 * 256
-    assert json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 79
+    y_ND = _as_trained(trainer, x_ND)
+    torch.testing.assert_close(sae.decode(latents, x_ND), y_ND, rtol=1e-3, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (TrainConfig(latents=8, k=9), "k is 9, more than the 8 latents"),
-        (TrainConfig(batch=0), "batch is 0"),
-        (TrainConfig(lr=-1.0), "learning rate is -1"),
-        (TrainConfig(screen="int3"), "screen is 'int3'"),
-    ],
-)
-def test_a_value_that_cannot_be_is_one_sentence(tmp_path: Path, config: TrainConfig, words: str) -> None:
-    make_activations(tmp_path / "a", 100)
+def _as_trained(trainer: Trainer, x_ND: Tensor) -> Tensor:
+    """What the SAE in training makes of x, from its error on scaled inputs, for comparison with the one on disk."""
+    z_ND = trainer.scale.apply(x_ND)
+    if trainer.config.arch == "batchtopk":  # chooses among all tokens of a batch, not by a threshold
+        return load_sae(trainer.out / "sae").decode(load_sae(trainer.out / "sae").encode(x_ND))
+    with trainer.state:
+        y_ND = z_ND + trainer.state.gradient(z_ND).error_BD
+    if trainer.scale.mode in ("layer_norm", "unit_norm"):
+        mean_N1 = x_ND.mean(1, keepdim=True)
+        centred_ND = x_ND - mean_N1
+        size_N1 = (
+            centred_ND.std(1, keepdim=True) if trainer.scale.mode == "layer_norm" else centred_ND.norm(dim=1)[:, None]
+        )
+        return y_ND * size_N1 + mean_N1
+    return y_ND * trainer.scale.factor
+
+
+def test_the_metrics_say_all_that_is_measured(rows: Path, tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    train(rows, tmp_path, small(held_out=0.2, arch="gated", revival="none"), seen.append, threads=1)
+    entries = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert entries == seen and [entry["step"] for entry in entries] == list(range(5, 41, 5))
+    last = entries[-1]
+    assert {"loss", "losses", "fvu", "l0", "dead", "grad_norm", "lr", "tokens_per_second", "loader_wait"} <= set(last)
+    assert last["loss"] == pytest.approx(sum(last["losses"].values())) and set(last["losses"]) >= {"gate", "sparsity"}
+    assert 0 <= last["loader_wait"] < 1 and last["grad_norm"] > 0 and last["tokens"] == 5120
+    told = [entry for entry in entries if "density" in entry]
+    assert [entry["step"] for entry in told] == [10, 20, 30, 40] and all("held_out_fvu" in entry for entry in told)
+    for entry in told:
+        assert sum(entry["density"]["counts"]) + entry["density"]["never"] == 64
+    shots = list(read_activity(tmp_path / "activity"))
+    assert [(shot.step, shot.tokens) for shot in shots] == [(10, 1280), (20, 2560), (30, 3840), (40, 5120)]
+
+
+def test_a_density_histogram_counts_each_latent_once() -> None:
+    found = density(torch.tensor([0, 1, 10, 99, 100, 0]), 100)
+    assert found["never"] == 2
+    edges, counts = found["edges"], found["counts"]
+    assert isinstance(edges, list) and isinstance(counts, list) and len(edges) == len(counts) + 1
+    assert dict(zip(edges, counts, strict=False))[-2.0] == 1 and counts[-1] == 2 and sum(counts) == 4
+
+
+@pytest.mark.parametrize("arch", ["topk", "gated"])
+def test_a_step_in_parts_is_the_step(rows: Path, tmp_path: Path, arch: Any) -> None:
+    losses = []
+    for parts in (1, 4):
+        config = small(arch=arch, accumulate=parts, dtype="float64")
+        train(rows, tmp_path / str(parts), config, threads=1)
+        losses.append([entry["loss"] for entry in read_metrics(tmp_path / str(parts) / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_epochs_read_every_row_as_often(rows: Path, tmp_path: Path) -> None:
+    trainer = Trainer(rows, tmp_path, small(epochs=2, tokens=0, batch=1000))
+    assert trainer.config.tokens == 8000 and trainer.config.steps == 8
+    first, second = (torch.cat([trainer.source.batch(e * 4000 + i, 500) for i in range(0, 4000, 500)]) for e in (0, 1))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first.sum(1).sort().values, second.sum(1).sort().values)
+
+
+def test_a_plan_decides_what_is_left_open(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a")
+    plan = make_plan(ShardReader(rows, 0, held_out=0.1, use_plan=False), scale="norm", center="median")
+    write_plan(rows, plan)
+    trainer = Trainer(rows, tmp_path / "run", small())
+    assert (trainer.config.scale, trainer.config.center) == ("norm", "median") and trainer.scale == plan.scale
+    torch.testing.assert_close(trainer.state.weights["b_dec"], plan.center_D())
+    assert trainer.held_out_ND is not None
+    other = Trainer(rows, tmp_path / "other", small(scale="variance", center="mean"))
+    assert other.scale.mode == "variance" and other.scale.factor != plan.scale.factor
+
+
+def test_a_run_ends_when_held_out_rows_are_reconstructed_no_better(rows: Path, tmp_path: Path) -> None:
+    config = small(held_out=0.2, early_stop=2, lr=1e-12, tokens=128 * 400)
+    summary = train(rows, tmp_path, config, threads=1)
+    assert summary.steps == 30, "one best evaluation and two that are not better"
+    assert train(rows, tmp_path, resume=True, threads=1) == summary
+    with pytest.raises(TrainError, match="early_stop needs held-out rows"):
+        train(rows, tmp_path / "none", small(early_stop=1))
+
+
+def test_checkpoints_are_kept_by_policy(rows: Path, tmp_path: Path) -> None:
+    train(rows, tmp_path, small(checkpoint_every=4, keep=2, keep_every=12), threads=1)
+    kept = sorted(int(file.stem) for file in (tmp_path / "checkpoints").iterdir())
+    assert kept == [12, 24, 36, 40]
+
+
+def test_a_folder_with_a_run_is_refused_and_resume_reads_a_finished_one(rows: Path, tmp_path: Path) -> None:
+    summary = train(rows, tmp_path, small(), threads=1)
+    with pytest.raises(TrainError, match="already holds a run"):
+        train(rows, tmp_path, small())
+    assert train(rows, tmp_path, small(), resume=True) == summary
+    with pytest.raises(TrainError, match="has k = 3, not 4"):
+        train(rows, tmp_path, small(k=4), resume=True)
+    with pytest.raises(TrainError, match="are not those with which the run"):
+        train(write_rows(tmp_path / "others", rows=3999), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("what", ["an SAE", "a training run", "nothing", "no folder", "NaN", "one row"])
+def test_a_source_that_is_none_is_one_sentence(rows: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "source"
+    if what in ("an SAE", "a training run"):
+        train(rows, folder, small(tokens=1280), threads=1)
+        folder, words = (folder / "sae" if what == "an SAE" else folder), f"holds {what}, not activations"
+    elif what == "no folder":
+        words = "there is no folder"
+    else:
+        write_rows(folder, rows=500)
+        words = {"nothing": "holds no activations", "NaN": "holds nan", "one row": "are the same|cannot be scaled"}[
+            what
+        ]
+        bad = np.load(folder / "rows.npy")
+        bad[17, 3] = np.nan
+        np.save(folder / "rows.npy", bad if what == "NaN" else bad[:1])
+        if what == "nothing":
+            (folder / "rows.npy").unlink()
     with pytest.raises(TrainError, match=words):
-        train(tmp_path / "a", tmp_path / "run", config)
-    assert not (tmp_path / "run").exists()
+        train(folder, tmp_path / "run", small())
+    assert not (tmp_path / "run").exists(), "nothing is begun"
 
 
-def test_every_default_is_chosen_for_a_quick_run() -> None:
-    config = TrainConfig.quick().resolve(384, quick=True)
-    assert config.latents == 3072 and config.k_aux == 192 and config.dead_after == 70_000
-    assert config.lr == pytest.approx(10 * 2e-4 / (3072 / 2**14) ** 0.5) and config.screen in ("bfloat16", "float32")
-    assert (
-        config.rate(0) < config.lr == config.rate(config.steps // 2)
-        and 0 < config.rate(config.steps - 1) < config.lr / 50
-    )
+def test_a_checkpoint_of_another_config_is_one_sentence(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(rows, tmp_path, small(), _kill_at(25), threads=1)
+    config = tmp_path / "config.toml"
+    config.write_text(config.read_text().replace("k_aux = 8", "k_aux = 9"))
+    with pytest.raises(TrainError, match="is of a run with another config"):
+        train(rows, tmp_path, resume=True)
 
 
-def test_the_default_rate_is_the_published_law_in_long_runs_and_higher_in_short_ones() -> None:
-    assert default_rate(2**14, 10**9) == pytest.approx(2e-4)
-    assert default_rate(2**16, 25_000_000) == pytest.approx(2e-4)
-    assert default_rate(2**14, 1000) == pytest.approx(2e-3)
+def test_a_loss_that_is_no_longer_a_number_ends_the_run_with_its_step(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"no longer a number.*at step \d+ of"):
+        train(rows, tmp_path, small(lr=1e30, unit_norm=False), threads=1)
+
+
+def _kill_at(step: int) -> Any:
+    def kill(entry: dict[str, Any]) -> None:
+        if entry["step"] == step:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_the_manifest_says_how_the_sae_was_made(rows: Path, tmp_path: Path) -> None:
+    config = replace(small(), preset="quick")
+    train(rows, tmp_path, config, threads=1)
+    manifest = json.loads((tmp_path / "sae" / "manifest.json").read_text())
+    assert manifest["training"]["k"] == 3 and manifest["preset"] == "quick" and manifest["hook"] == ""
+    assert manifest["data"]["rows"] == 4000 and len(manifest["data"]["activations_sha256"]) == 64
+    assert manifest["input_scale"]["factor"] > 0 and manifest["versions"]["torch"] == torch.__version__
