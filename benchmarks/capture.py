@@ -5,7 +5,7 @@
 
 Everyone reads the same 32 rows of 128 random tokens in bfloat16 and has the residual after `--layer` blocks of every
 token. `hidden` is transformers with `output_hidden_states`, `hidden-base` that without the head, `hook-stop` a forward
-hook that raises, `nnsight` a trace that stops. `ours` keeps nothing, as they do; `ours-disk` hands every row to the
+hook that raises (in float32 too, which is faster on CPUs without bfloat16), `nnsight` a trace that stops. `ours` keeps nothing, as they do; `ours-disk` hands every row to the
 writer, which makes hashed shards in the background, and a round ends when the last byte is written.
 
 Every implementation lives in a process of its own and they take turns; a round is `--batches` batches, `--rounds` are
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("hidden", "hidden-base", "hook-stop", "nnsight", "ours", "ours-disk")
+NAMES = ("hidden", "hidden-base", "hook-stop", "hook-stop-float32", "nnsight", "ours", "ours-disk")
 BORN = time.perf_counter()
 
 
@@ -73,8 +73,9 @@ class Transformers:
         import torch
 
         transformers: Any = import_module("transformers")
-        self.torch, self.way, self.layer = torch, args.worker, args.layer
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+        self.torch, self.way, self.layer = torch, args.worker.removesuffix("-float32"), args.layer
+        dtype = torch.float32 if args.worker.endswith("-float32") else torch.bfloat16
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
         if self.way == "hook-stop":
             self.model.model.layers[self.layer - 1].register_forward_hook(self._stop)
         if self.way == "nnsight":
@@ -231,7 +232,7 @@ def measure(args: argparse.Namespace, python: str, names: list[str], shape: dict
     for worker in workers:
         median, best = statistics.median(worker.seconds), min(worker.seconds)
         lines.append({
-            "who": worker.name, "layer": args.layer, "rows": args.rows, "tokens": args.tokens, "dtype": "bfloat16",
+            "who": worker.name, "layer": args.layer, "rows": args.rows, "tokens": args.tokens, "dtype": "float32" if worker.name.endswith("float32") else "bfloat16",
             "threads": args.threads, **worker.born, "tok_s_median": round(tokens / median, 1),
             "tok_s_best": round(tokens / best, 1), "runs": args.rounds, "bytes_per_s": round(worker.bytes / median),
             "bound_tok_s": round(bound, 1), "off": off[worker.name], **worker.ask(peak=True),
@@ -242,11 +243,11 @@ def measure(args: argparse.Namespace, python: str, names: list[str], shape: dict
     peers = [line["tok_s_median"] for line in lines if not line["who"].startswith("ours")]
     most = max(peers, default=float("nan"))
     sys.stdout.write(
-        f"\n{'':14}{'tokens/s':>10}{'best':>9}{'x best peer':>13}{'of bound':>10}{'MB/s':>8}{'peak GB':>9}{'off':>10}\n"
+        f"\n{'':18}{'tokens/s':>10}{'best':>9}{'x best peer':>13}{'of bound':>10}{'MB/s':>8}{'peak GB':>9}{'off':>10}\n"
     )
     for line in lines:
         rate = line["tok_s_median"]
-        sys.stdout.write(f"{line['who']:14}{rate:10.1f}{line['tok_s_best']:9.1f}{rate / most:13.2f}{rate / bound:10.0%}"
+        sys.stdout.write(f"{line['who']:18}{rate:10.1f}{line['tok_s_best']:9.1f}{rate / most:13.2f}{rate / bound:10.0%}"
                          f"{line['bytes_per_s'] / 1e6:8.1f}{line['peak_gb']:9.2f}{line['off']:10.1e}\n")  # fmt: skip
     rates = {line["who"]: line["tok_s_median"] for line in lines}
     if {"ours", "ours-disk"} <= rates.keys():
