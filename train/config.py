@@ -261,7 +261,7 @@ def typed(name: str, value: Any) -> Any:
     if name in AUTO:
         if value == "auto":
             return 0
-        if str(value).strip() in ("0", "0.0"):
+        if _is_zero(value):
             raise TrainError(f"{name} is 0", "write `auto`, or leave it out, to have it chosen")
     fault = TrainError(f"{name} is {value!r}, but must be {_kind_in_words(kind)}")
     if get_origin(kind) is Literal:
@@ -281,6 +281,13 @@ def typed(name: str, value: Any) -> Any:
         return number
     except (ValueError, TypeError, KeyError) as error:
         raise fault from error
+
+
+def _is_zero(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) == 0
+    except (ValueError, TypeError):
+        return False
 
 
 def _whole(value: Any) -> int:

@@ -20,9 +20,9 @@ def training_cost(
     threads: int = 1,
     device: str = "cpu",
     price_per_hour: float | None = None,
-    seconds: float = TRIAL_SECONDS,
+    seconds: float | None = None,
 ) -> Cost:
-    """Speed and memory from a trial of some seconds; disk from the sizes of checkpoints, snapshots and the SAE."""
+    """Speed and memory from a trial of some seconds (default `TRIAL_SECONDS`); disk from the sizes of checkpoints, snapshots and the SAE."""
     with tempfile.TemporaryDirectory(prefix="steer-trial-") as folder:
         trainer = Trainer(source, Path(folder), replace(config, early_stop=0), threads=threads, device=device)
         full, step = trainer.config, 0
@@ -34,7 +34,7 @@ def training_cost(
             return full.batch
 
         with trainer.state:
-            rate, memory = trial(work, seconds)
+            rate, memory = trial(work, TRIAL_SECONDS if seconds is None else seconds)
         state = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state.state().values())
         weights = 4 * sum(weight.numel() for weight in trainer.state.final_weights().values())
     kept = full.keep + 1 + (full.steps // full.keep_every if full.keep_every else 0)

@@ -118,6 +118,8 @@ def run(
     if not stored and not members and any(out.glob("*/config.toml")):
         raise SteerError(f"{out} holds a sweep", "give the same --sweep to go on with it, or choose another folder")
     chosen = _config(stored, preset or ("quick" if quick else named), values)
+    if stored and rates is not None:
+        chosen = replace(chosen, lr=stored.lr)  # it was found when the run began
     device = _device(settings)
     rows = _rows(source, out, chosen, settings, stream, dry_run)
     if dry_run:

@@ -118,6 +118,7 @@ def test_a_setting_is_read_as_its_field_holds_it(text: str, value: Any) -> None:
         ("project=maybe", "project is 'maybe', but must be true or false", None),
         ("tokens=0", "tokens is 0", "auto"),
         ("lr=0.0", "lr is 0", "auto"),
+        ("lr=0e-3", "lr is 0", "auto"),
         ("latents=0", "latents is 0", "auto"),
         ("preset=openai", "no setting 'preset'", None),
         ("prefixes=a,b", "prefixes is 'a,b', but must be whole numbers", None),
