@@ -5,8 +5,9 @@
 
 Everyone reads the same 32 rows of 128 random tokens in bfloat16 and has the residual after `--layer` blocks of every
 token. `hidden` is transformers with `output_hidden_states`, `hidden-base` that without the head, `hook-stop` a forward
-hook that raises (in float32 too, which is faster on CPUs without bfloat16), `nnsight` a trace that stops. `ours` keeps nothing, as they do; `ours-disk` hands every row to the
-writer, which makes hashed shards in the background, and a round ends when the last byte is written.
+hook that raises (in float32 too, which is faster on CPUs without bfloat16), `nnsight` a trace that stops. `ours` keeps
+nothing, as they do; `ours-disk` hands every row to the writer, which makes hashed shards in the background, and a round
+ends when the last byte is written.
 
 Every implementation lives in a process of its own and they take turns; a round is `--batches` batches, `--rounds` are
 timed after two of one batch. `off` is the distance of the residuals from the first one's, over their norm. The bound is
@@ -230,9 +231,10 @@ def measure(args: argparse.Namespace, python: str, names: list[str], shape: dict
     bound, tokens = rate / (args.layer * block), args.rows * args.tokens * args.batches
     lines = []
     for worker in workers:
+        dtype = "float32" if worker.name.endswith("float32") else "bfloat16"
         median, best = statistics.median(worker.seconds), min(worker.seconds)
         lines.append({
-            "who": worker.name, "layer": args.layer, "rows": args.rows, "tokens": args.tokens, "dtype": "float32" if worker.name.endswith("float32") else "bfloat16",
+            "who": worker.name, "layer": args.layer, "rows": args.rows, "tokens": args.tokens, "dtype": dtype,
             "threads": args.threads, **worker.born, "tok_s_median": round(tokens / median, 1),
             "tok_s_best": round(tokens / best, 1), "runs": args.rounds, "bytes_per_s": round(worker.bytes / median),
             "bound_tok_s": round(bound, 1), "off": off[worker.name], **worker.ask(peak=True),
