@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,17 @@ import torch
 from torch import Tensor
 
 from sae.checkpoint import load_sae, save_sae
-from sae.losses import total_variance
 from sae.model import SAE, SAEConfig
 from train.activity import ActivityLog
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig, check_same, read_run, write_run
 from train.distributed import ALONE, Team
 from train.errors import TrainError
+from train.inputs import Inputs, open_rows
 from train.log import Log
 from train.metrics import append_metrics, cut_metrics, obey
-from train.preprocess import PER_TOKEN, InputScale, geometric_median, plan_of
-from train.reader import Source, open_source
+from train.preprocess import PER_TOKEN, plan_of
+from train.reader import Source
 from train.recipe import COUNTED
 from train.signals import StoppedError, stop_on_signals
 from train.statistics import measure
@@ -46,10 +46,6 @@ from train.step import SparseStep
 
 Progress = Callable[[dict[str, Any]], None]
 
-SAMPLE_ROWS = 1 << 15
-"""Rows from which mean and scale of the data are taken."""
-MEDIAN_ROWS = 1 << 13
-"""Rows from which the geometric median is taken."""
 EVALUATED_ROWS = 1 << 13
 """Held-out rows, at most, on which FVU is measured while training."""
 READ_ROWS = 1 << 14
@@ -109,17 +105,6 @@ def check_folder(out: Path, resume: bool) -> None:
         raise TrainError(f"{out} already holds a run", "go on with it with --resume, or choose another folder")
 
 
-def open_rows(folder: Path | str, config: TrainConfig) -> Source:
-    """The rows in a folder in the order of the config's seed. Raises `TrainError` if it holds none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise TrainError(f"there is no folder {folder}", "make one with steer capture")
-    for name, what in (("sae.safetensors", "an SAE"), ("config.toml", "a training run")):
-        if (folder / name).is_file():
-            raise TrainError(f"{folder} holds {what}, not activations", "give a folder that `steer capture` wrote")
-    return open_source(folder, config.seed, held_out=config.held_out or None)
-
-
 class Trainer:
     """A run: its config, its data, and the step it has come to."""
 
@@ -161,7 +146,19 @@ class Trainer:
         self.log = Log()
         saved = self.checkpoints.newest()
         try:
-            self.state = self._begin(device, saved[2] if saved else None)
+            inputs = Inputs.known(saved[2], self.source.d_in) if saved else Inputs.measure(self.source, self.config)
+            self.scale = inputs.scale
+            self.state = SparseStep.begin(
+                self.config.latents,
+                inputs.center_D,
+                self.config.recipe(),
+                self.config.seed,
+                variance=inputs.variance,
+                threads=threads,
+                team=team,
+                sample_ND=inputs.sample_ND,
+                device=device,
+            )
             if saved:
                 self._load(*saved)
             else:
@@ -179,43 +176,6 @@ class Trainer:
             where = {"activations": str(folder.resolve()) if folder else "stream"}
             write_run(out, self.config, where | {"activations_sha256": self.source.digest})
         self.activity = ActivityLog(out / "activity")
-
-    def _begin(self, device: str, saved: dict[str, Any] | None) -> SparseStep:
-        """The state before the first step, for a checkpoint's numbers one into which its tensors fit.
-
-        Scale and centre come from the data's plan, else from a sample.
-        """
-        config, plan, sample_ND = self.config, plan_of(self.source), None
-        center_D = torch.zeros(self.source.d_in)
-        if saved is not None:
-            self.scale, variance = InputScale(**saved["scale"]), float(saved["variance"])
-        else:
-            sample_ND = self.source.batch(0, min(SAMPLE_ROWS, self.source.rows))
-            if not bool(sample_ND.isfinite().all()):
-                raise TrainError("the activations hold NaN or infinite values", "capture them again")
-            if float(sample_ND.var(0, correction=0).sum()) <= 0:
-                raise TrainError("all activations are the same, so there is nothing to learn from them")
-            same = plan is not None and plan.scale.mode == config.scale
-            self.scale = plan.scale if plan and same else InputScale.measure(config.scale, sample_ND)
-            sample_ND = self.scale.apply(sample_ND)
-            variance = float(self.source.d_in) if self.scale.mode == "variance" else float(total_variance(sample_ND))
-            if config.center != "none" and plan and same:
-                center_D = replace(plan, center=config.center).center_D()
-            elif config.center == "median":
-                center_D = geometric_median(sample_ND[:MEDIAN_ROWS]).float()
-            elif config.center == "mean":
-                center_D = sample_ND.mean(0)
-        return SparseStep.begin(
-            config.latents,
-            center_D,
-            config.recipe(),
-            config.seed,
-            variance=variance,
-            threads=self.threads,
-            team=self.team,
-            sample_ND=sample_ND,
-            device=device,
-        )
 
     @property
     def finished(self) -> bool:

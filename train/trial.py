@@ -22,7 +22,7 @@ def training_cost(
     price_per_hour: float | None = None,
     seconds: float | None = None,
 ) -> Cost:
-    """Speed and memory from a trial of some seconds (default `TRIAL_SECONDS`); disk from the sizes of checkpoints, snapshots and the SAE."""
+    """Speed and memory from a trial of `seconds` (default `TRIAL_SECONDS`); disk from the sizes of what is written."""
     with tempfile.TemporaryDirectory(prefix="steer-trial-") as folder:
         trainer = Trainer(source, Path(folder), replace(config, early_stop=0), threads=threads, device=device)
         full, step = trainer.config, 0

@@ -232,7 +232,7 @@ def _threads(settings: Settings) -> int:
 
 def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool, dry_run: bool) -> Source:
     """The rows to train on; those of a text are captured first, or as they are needed."""
-    from train.trainer import open_rows
+    from train.inputs import open_rows
 
     if source.is_dir() and not stream:
         return open_rows(source, config)

@@ -21,10 +21,11 @@ from tests.train.known_rows import small, write_rows
 from train.config import TrainConfig, write_run
 from train.distributed import join_team
 from train.errors import TrainError
+from train.inputs import open_rows
 from train.metrics import append_metrics, read_metrics, tell
 from train.signals import StoppedError
 from train.sweep import member_name, parse_sweep, search_rate, sweep
-from train.trainer import open_rows, train
+from train.trainer import train
 
 TIMED = ("tokens_per_second", "loader_wait", "grad_norm")
 """Not the same in two runs: times, and a sum in the order in which threads end."""
