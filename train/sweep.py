@@ -65,7 +65,7 @@ def sweep(
     """Trains a member for each dict of values that differ from `config`; by its folder's name, what came of it: an
     error where its loss was no longer a number. `on_progress` gives each member what to call with its metrics."""
     names = [member_name(values) for values in members]
-    for name in names:
+    for name in names if team.rank == 0 else []:
         check_folder(out / name, resume)
     trainers = [
         Trainer(

@@ -86,7 +86,8 @@ def train(
     or the control file stopped it, with everything saved.
     """
     out = Path(out)
-    check_folder(out, resume)
+    if team.rank == 0:  # who alone begins a run, perhaps before the others look
+        check_folder(out, resume)
     trainer = Trainer(
         source,
         out,
