@@ -108,7 +108,7 @@ def join_team(kind: Literal["data", "latents"], *, device: str = "cpu", minutes:
     if size == 1:
         return ALONE
     if not distributed.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         _explained(lambda: distributed.init_process_group(backend, timeout=timedelta(minutes=minutes)))
     return Team(rank, size, kind)
 

@@ -29,7 +29,7 @@ class Recipe:
     """coefficient of the sparsity term: of the L1 norm over the root of the data's variance, for jumprelu of the L0"""
     l0_target: float = 0.0
     """L0 to which the coefficient is steered while training; 0 keeps the coefficient as it is"""
-    initial_l0: float = 128.0
+    initial_l0: float = 64.0
     """latents that are on at a token when a kind without k starts: biases or thresholds are set for it from a sample"""
     bandwidth: float = 0.003
     """jumprelu: width of the window in which thresholds get a gradient, in roots of the data's variance"""
@@ -53,6 +53,8 @@ class Recipe:
     """first decoder rows: random of length 1, or orthonormal in blocks as large as the width"""
     tied_start: bool = True
     """the encoder starts as the decoder, and is free afterwards"""
+    scaled_start: bool = True
+    """the encoder starts at the length with which the first activations reconstruct a sample best"""
     learn_b_enc: bool = True
     """off: the encoder's bias stays as it starts"""
     learn_b_dec: bool = True

@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.kernels import Encoder, decode_pairs
 from sae.losses import normalise_rows_
 from train.distributed import Team, block_seeds
-from train.objectives import objective_of
+from train.objectives import Objective, objective_of
 from train.recipe import COUNTED, Recipe
 
+SCALED_ON = 1024
+"""Sample rows on which the first activations are scaled."""
 BLOCK = 1024
 """Latents whose first directions come from one seed."""
 
@@ -37,15 +40,39 @@ def first_weights(
     weights |= {"b_enc": decoder_FD.new_zeros(len(decoder_FD)), "b_dec": mean_D.to(device, dtype, copy=True)}
     objective = objective_of(recipe, variance)
     weights |= {name: decoder_FD.new_zeros(len(decoder_FD)) for name in objective.extra}
-    quantile_F = None
-    if sample_ND is not None and recipe.arch not in COUNTED:
-        off = 1 - min(recipe.initial_l0, d_sae / 2) / d_sae
+    quantile_F, stretch = None, 1.0
+    if sample_ND is not None:
         centred_ND = sample_ND.to(device, dtype) - weights["b_dec"]
-        rank = max(1, min(len(centred_ND), round(off * len(centred_ND))))
-        blocks = [weights["W_enc"][i : i + BLOCK] for i in range(0, len(decoder_FD), BLOCK)]
-        quantile_F = torch.cat([(centred_ND @ part.t()).kthvalue(rank, 0).values for part in blocks])
-    objective.begin(weights, quantile_F)
+        if recipe.arch not in COUNTED:
+            off = 1 - min(recipe.initial_l0, d_sae / 2) / d_sae
+            rank = max(1, min(len(centred_ND), round(off * len(centred_ND))))
+            blocks = [weights["W_enc"][i : i + BLOCK] for i in range(0, len(decoder_FD), BLOCK)]
+            quantile_F = torch.cat([_between(centred_ND @ part.t(), rank) for part in blocks])
+        objective.begin(weights, quantile_F)
+        if recipe.scaled_start:
+            stretch = _stretch(objective, weights, centred_ND[:SCALED_ON], recipe.k, team)
+            weights["W_enc"] *= stretch
+    objective.begin(weights, None if quantile_F is None else quantile_F * stretch)
     return weights
+
+
+def _stretch(objective: Objective, weights: dict[str, Tensor], centred_ND: Tensor, k: int, team: Team) -> float:
+    """By what the first activations must be multiplied to reconstruct these rows best.
+
+    Many latents that overlap overshoot by far; unlearning that drives most of those with thresholds below them."""
+    encoder = Encoder(weights["W_enc"], weights["b_enc"], screen=weights["W_enc"].dtype)
+    objective.prepare(encoder, centred_ND, k)
+    found = [objective.pairs(encoder, centred_ND, weights, k)]
+    (pairs,) = objective.settle(found, weights, k, len(centred_ND), team) or found
+    f_P = objective.forward(weights, pairs)
+    y_ND = team.sum_(decode_pairs(pairs.latent_P, f_P, pairs.starts(), weights["W_dec"]), "shards")
+    return float((centred_ND * y_ND).sum() / y_ND.pow(2).sum().clamp(min=1e-30))
+
+
+def _between(pre_NR: Tensor, rank: int) -> Tensor:
+    """Halfway between the values of that rank and the next in each column, so that rounding decides for none."""
+    ordered_NR = pre_NR.sort(0).values
+    return (ordered_NR[rank - 1] + ordered_NR[min(rank, len(ordered_NR) - 1)]) / 2
 
 
 def screening_dtype(recipe: Recipe, weight_FD: Tensor) -> torch.dtype:

@@ -42,8 +42,9 @@ RANGE = 512
 """Latents updated at a time."""
 TOGETHER = 16
 """Ranges whose gradients several processes sum at a time."""
-FOLLOW, GAIN = 0.95, 0.01
-"""Decay of the running L0, and the largest relative step of the coefficient that is steered by it."""
+FOLLOW, GAIN, SWAY = 0.9, 0.01, 2.0
+"""The coefficient that is steered to an L0: decay of the running L0; largest relative step; exponent of the ratio of
+the running L0 to the one asked for, by which the coefficient in use leads the one that is kept."""
 
 
 class SparseStep:
@@ -147,7 +148,7 @@ class SparseStep:
         """The gradient of the loss on the rows of this process. `k` and `coefficient` stand in for the recipe's.
 
         Changes no state. Raises `TrainError` where the loss is not finite."""
-        strength = float(self.coefficient[0]) if coefficient is None else coefficient
+        strength = self.strength if coefficient is None else coefficient
         return batch_gradient(self, x_BD, self.recipe.k if k is None else k, strength)
 
     def update(self, gradients: Gradient | Sequence[Gradient], lr: float) -> float:
@@ -193,17 +194,18 @@ class SparseStep:
                 normalise_rows_(self.weights["W_dec"][rows])
             self.encoder.refresh(rows.start, rows.stop)
             for name in ("W_enc", "W_dec") if self.mean_weights else ():
-                self.mean_weights[name][rows].lerp_(self.weights[name][rows], 1 - self.recipe.ema)
+                self.mean_weights[name][rows].lerp_(self.weights[name][rows], 1 - self._memory)
 
-        def at_once(number: int) -> None:
+        def at_once(number: int) -> Tensor:
             grads = weigh(number)
-            norms.append(project(number, grads))
+            square = project(number, grads)
             apply(number, grads)
+            return square
 
         others = sum(float(grad.double().pow(2).sum()) for name, grad in small.items() if name != "b_dec")
         if self.team.readers == 1 and not self.recipe.clip:
             self._adam_small(small, lr)
-            self.each(at_once, ranges)
+            norms = self.each(at_once, ranges)
         else:
             kept: list[tuple[Tensor, Tensor]] = []
             for start in range(0, len(ranges), TOGETHER):
@@ -260,7 +262,13 @@ class SparseStep:
             self._adam(small, lr, slice(None))
         for name, mean in self.mean_weights.items():
             if name not in ("W_enc", "W_dec"):
-                mean.lerp_(self.weights[name], 1 - self.recipe.ema)
+                mean.lerp_(self.weights[name], 1 - self._memory)
+
+    @property
+    def _memory(self) -> float:
+        """Decay of the running mean, shorter in the first steps so that the start is soon forgotten."""
+        done = float(self.updates)
+        return min(self.recipe.ema, (1 + done) / (10 + done))
 
     def _count(self, parts: list[Gradient], tokens: int) -> None:
         """Activity of the latents, batchtopk's threshold, and the coefficient that is steered to an L0."""
@@ -276,12 +284,18 @@ class SparseStep:
         if self.recipe.l0_target:
             self._steer(sum(part.active for part in parts) / tokens)
 
+    @property
+    def strength(self) -> float:
+        """The coefficient of the sparsity term in use."""
+        kept, running = float(self.coefficient[0]), float(self.coefficient[1])
+        return kept * float((running / self.recipe.l0_target) ** SWAY) if self.recipe.l0_target else kept
+
     def _steer(self, l0: float) -> None:
         """Moves the coefficient towards the L0 asked for: up while more latents are on, down while fewer."""
-        coefficient, running = self.coefficient.tolist()
-        running = FOLLOW * running + (1 - FOLLOW) * l0
+        kept, running = self.coefficient.tolist()
+        running = FOLLOW * running + (1 - FOLLOW) * min(l0, 2 * self.recipe.l0_target)
         wrong = math.log(max(running, 1e-3) / self.recipe.l0_target)
-        self.coefficient[0] = coefficient * math.exp(GAIN * max(-1.0, min(1.0, wrong)))
+        self.coefficient[0] = kept * math.exp(GAIN * max(-1.0, min(1.0, wrong)))
         self.coefficient[1] = running
 
     def resample(self, x_BD: Tensor, seed: int) -> int:
