@@ -11,6 +11,7 @@ What makes it fast on a CPU:
 - `TokensByLatent`: the pairs sorted by latent, which makes a weight gradient a CSR matrix times a dense one,
   for any range of latents: no gradient as large as a weight matrix need exist.
 
+On a GPU the same functions go to `sae/triton_kernels.py`, for weights in float32 and where Triton is installed.
 Each function has a dense reference in the tests. Nothing here uses autograd.
 
 Shapes: B tokens, D width of the residual stream, F latents, K kept latents, P pairs, C candidates (K plus a margin), R
@@ -19,6 +20,8 @@ latents of a range.
 
 import threading
 import warnings
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,16 @@ GROUPS = 8
 
 BIAS_COLUMNS = 32
 """Input columns that carry the encoder bias in `ScreenedEncoder`; a multiple of 32 keeps bfloat16 tiles full."""
+
+
+def triton_kernels(weight: Tensor) -> Any:
+    """The module with the Triton versions where this weight is one for them, else None."""
+    if not weight.is_cuda or weight.dtype != torch.float32:
+        return None
+    try:
+        return import_module("sae.triton_kernels")
+    except ImportError:
+        return None
 
 
 def topk_indices(x_BF: Tensor, k: int) -> Tensor:
@@ -59,6 +72,9 @@ def decode_sparse(indices_BK: Tensor, values_BK: Tensor, W_dec_FD: Tensor) -> Te
 
 def decode_pairs(latent_P: Tensor, values_P: Tensor, starts_B: Tensor, W_dec_FD: Tensor) -> Tensor:
     """The same for pairs sorted by token, the first of each token at `starts_B`; 0 for a token without one."""
+    if fast := triton_kernels(W_dec_FD):
+        summed: Tensor = fast.decode_pairs(latent_P, values_P, starts_B, W_dec_FD)
+        return summed
     return torch.nn.functional.embedding_bag(latent_P, W_dec_FD, starts_B, per_sample_weights=values_P, mode="sum")
 
 
@@ -71,6 +87,9 @@ def gather_dot(x_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
 
 def dot_pairs(x_BD: Tensor, W_FD: Tensor, latent_P: Tensor, row_P: Tensor) -> Tensor:
     """Dot product of row `row_P` of x with row `latent_P` of W, (P,)."""
+    if fast := triton_kernels(W_FD):
+        found: Tensor = fast.dot_pairs(x_BD, W_FD, latent_P, row_P)
+        return found
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_BD, W_FD, latent_P, row_P[:0], row_P, 0)
     return dots
 
@@ -96,6 +115,9 @@ class TokensByLatent:
     ) -> None:
         """Adds rows `first`.. of `A^T dense` to `out_RD`, A holding `sorted_P` in the columns `column_P`, the row of
         `dense` of each sorted pair, int32; low and high from `edges`."""
+        if fast := triton_kernels(out_RD):
+            fast.add_product(self._starts, sorted_P, dense_ND, first, out_RD, column_P)
+            return
         starts = self._starts[first : first + len(out_RD) + 1] - low
         shape = (len(out_RD), len(dense_ND))
         matrix = torch.sparse_csr_tensor(starts, column_P[low:high], sorted_P[low:high], shape, check_invariants=False)
@@ -115,8 +137,10 @@ class Encoder:
         self.screen, self.margin = screen, margin
         self._screens = screen != W_enc_FD.dtype
         self._own = threading.local()
+        self._fast = triton_kernels(W_enc_FD) if self._screens else None
         if self._screens:
-            self._copy = torch.zeros(len(b_enc_F), W_enc_FD.shape[1] + BIAS_COLUMNS, dtype=screen)
+            width = W_enc_FD.shape[1] + (0 if self._fast else BIAS_COLUMNS)
+            self._copy = torch.zeros(len(b_enc_F), width, dtype=screen, device=W_enc_FD.device)
             self.refresh(0, len(b_enc_F))
 
     def refresh(self, first: int, last: int) -> None:
@@ -127,11 +151,18 @@ class Encoder:
         width = self.W_enc_FD.shape[1]
         copy, bias_R = self._copy[first:last], self.b_enc_F[first:last]
         copy[:, :width].copy_(self.W_enc_FD[first:last])
+        if self._fast:
+            return
         copy[:, width].copy_(bias_R)
         copy[:, width + 1].copy_(bias_R - copy[:, width].float())
 
     def topk(self, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(indices, values), each (B, k), unordered: the largest `W_enc x + b_enc`, possibly negative."""
+        if self._fast:
+            screened: tuple[Tensor, Tensor] = self._fast.encode_topk(
+                x_BD, self.W_enc_FD, self.b_enc_F, k, screen_FD=self._copy, margin=self.margin
+            )
+            return screened
         rows, width = x_BD.shape
         if not self._screens:
             pre_BF = self._buffer("pre", rows, len(self.b_enc_F))

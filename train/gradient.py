@@ -24,9 +24,6 @@ from train.revival import Revival, revive
 if TYPE_CHECKING:
     from train.step import SparseStep
 
-CHUNK = 256
-"""Tokens encoded at a time."""
-
 
 @dataclass(frozen=True)
 class Gradient:
@@ -61,7 +58,7 @@ def batch_gradient(step: SparseStep, x_BD: Tensor, k: int, coefficient: float) -
     centred_BD = x_BD.to(step.device, step.weights["b_dec"].dtype) - step.weights["b_dec"]
     chunks = _pairs(step, centred_BD, k)
     numbers = range(len(chunks))
-    bounds = [slice(i * CHUNK, min((i + 1) * CHUNK, tokens)) for i in numbers]
+    bounds = [slice(i * step.chunk, min((i + 1) * step.chunk, tokens)) for i in numbers]
     y_GBD = centred_BD.new_empty(step.prefixes, tokens, step.d_in)
     gate_BD = centred_BD.new_empty(tokens, step.d_in) if isinstance(step.objective, Gated) else None
 
@@ -152,7 +149,7 @@ def batch_gradient(step: SparseStep, x_BD: Tensor, k: int, coefficient: float) -
 
 def _pairs(step: SparseStep, centred_BD: Tensor, k: int) -> list[Pairs]:
     """The pairs of each chunk that take part."""
-    step.objective.prepare(step.encoder, centred_BD[:CHUNK], k)
+    step.objective.prepare(step.encoder, centred_BD[: step.chunk], k)
     everyone = len(centred_BD) * step.team.readers
     while True:
         found = step.for_chunks(

@@ -29,7 +29,7 @@ from torch import Tensor
 from sae.kernels import Encoder
 from sae.losses import normalise_rows_, project_gradient_
 from train.distributed import ALONE, Team
-from train.gradient import CHUNK, Gradient, batch_gradient
+from train.gradient import Gradient, batch_gradient
 from train.objectives import BatchTopK, Objective, objective_of
 from train.recipe import Recipe
 from train.revival import restart, revival_factor
@@ -38,8 +38,10 @@ from train.start import first_weights, screening_dtype
 A = TypeVar("A")
 T = TypeVar("T")
 
-RANGE = 512
-"""Latents updated at a time."""
+CHUNK, RANGE = 256, 512
+"""Tokens encoded and latents updated at a time: what fits a core's cache."""
+GPU_CHUNK, GPU_RANGE = 1 << 14, 1 << 15
+"""The same on a GPU: what fills it."""
 TOGETHER = 16
 """Ranges whose gradients several processes sum at a time."""
 FOLLOW, GAIN, SWAY = 0.9, 0.01, 2.0
@@ -61,7 +63,7 @@ class SparseStep:
         self.first_moments = {name: torch.zeros_like(weights[name]) for name in self.learned}
         self.second_moments = {name: torch.zeros_like(weights[name]) for name in self.learned}
         self.mean_weights = {name: w.clone() for name, w in weights.items()} if recipe.ema else {}
-        self.updates = torch.zeros(())
+        self.updates = torch.zeros((), device=self.device)
         self.coefficient = torch.tensor([recipe.sparsity, recipe.l0_target], dtype=torch.float64)
         """coefficient of the sparsity term, and the running L0 by which it is steered"""
         self.d_sae, self.d_in = weights["W_enc"].shape
@@ -78,6 +80,8 @@ class SparseStep:
         numbers_F = torch.arange(first, first + self.d_sae)
         self.prefix_of_F = torch.bucketize(numbers_F, edges, right=True).to(self.device)
         self.k_aux = recipe.k_aux or max(1, self.d_in // 2)
+        gpu = self.device.type == "cuda"
+        self.chunk, self.range = (GPU_CHUNK, GPU_RANGE) if gpu else (CHUNK, RANGE)
         self._pool: ThreadPoolExecutor | None = None
 
     @classmethod
@@ -138,7 +142,7 @@ class SparseStep:
 
     def for_chunks(self, work: Callable[[slice], T], tokens: int) -> list[T]:
         """The results of `work` on each chunk of `tokens` tokens, in order."""
-        return self.each(work, [slice(i, min(i + CHUNK, tokens)) for i in range(0, tokens, CHUNK)])
+        return self.each(work, [slice(i, min(i + self.chunk, tokens)) for i in range(0, tokens, self.chunk)])
 
     def each(self, work: Callable[[A], T], items: Iterable[A]) -> list[T]:
         assert self._pool is not None, "a step works inside `with`"
@@ -166,12 +170,12 @@ class SparseStep:
         small = self._small_gradients(parts, aux, scale)
         self._count(parts, tokens)
         self.updates.add_(1)
-        edges = [part.by_latent.edges(RANGE) for part in parts]
+        edges = [part.by_latent.edges(self.range) for part in parts]
         ranges = range(len(edges[0]) - 1)
         norms: list[Tensor] = []
 
         def weigh(number: int) -> tuple[Tensor, Tensor]:
-            rows = slice(number * RANGE, min((number + 1) * RANGE, self.d_sae))
+            rows = slice(number * self.range, min((number + 1) * self.range, self.d_sae))
             enc_RD, dec_RD = self.weights["W_enc"].new_zeros(2, rows.stop - rows.start, self.d_in)
             for part, edge in zip(parts, edges, strict=True):
                 low, high, pairs = edge[number], edge[number + 1], part.by_latent
@@ -182,13 +186,13 @@ class SparseStep:
             return enc_RD.mul_(scale), dec_RD.mul_(scale)
 
         def project(number: int, grads: tuple[Tensor, Tensor]) -> Tensor:
-            rows = slice(number * RANGE, number * RANGE + len(grads[0]))
+            rows = slice(number * self.range, number * self.range + len(grads[0]))
             if self.recipe.project:
                 project_gradient_(grads[1], self.weights["W_dec"][rows])
             return sum((torch.linalg.vector_norm(grad).double().pow(2) for grad in grads), torch.zeros(()))
 
         def apply(number: int, grads: tuple[Tensor, Tensor]) -> None:
-            rows = slice(number * RANGE, number * RANGE + len(grads[0]))
+            rows = slice(number * self.range, number * self.range + len(grads[0]))
             self._adam({"W_enc": grads[0], "W_dec": grads[1]}, lr, rows)
             if self.recipe.unit_norm:
                 normalise_rows_(self.weights["W_dec"][rows])
