@@ -22,6 +22,7 @@ Shapes: C tokens of a chunk, D width, F latents, P pairs, sorted by token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -148,19 +149,26 @@ class BatchTopK(TopK):
         return Pairs(*encoder.above(centred_CD, floor), len(centred_CD))
 
     def settle(self, chunks: list[Pairs], weights: Weights, k: int, tokens: int, team: Team) -> list[Pairs] | None:
+        if team.size > 1:  # each guessed from its own rows or latents: only above the highest guess is all known
+            self.guess = float(team.gather(torch.tensor([self.guess or 0.0], dtype=torch.float64)).max())
         pre_P = torch.cat([chunk.pre_P for chunk in chunks])
+        pre_P = pre_P[pre_P > (self.guess or 0.0)]
         keep = k * tokens
         found = int(team.sum_(torch.tensor(len(pre_P))))
         if found < keep and self.guess:
             self.guess = self.guess / 2 if self.guess > 1e-3 else 0.0
             return None
+        if not found:
+            return [chunk.where(chunk.pre_P > math.inf) for chunk in chunks]
         best_P = pre_P if len(pre_P) <= keep else pre_P.topk(keep, sorted=False).values
         floor = team.gather(best_P).topk(min(keep, found), sorted=False).values.min()
         self.guess = GUESS * float(floor)
         return [chunk.where(chunk.pre_P >= floor) for chunk in chunks]
 
     def follow(self, weights: Weights, smallest: Tensor) -> None:
-        """Takes the smallest activation of a batch into the threshold."""
+        """Takes the smallest activation of a batch into the threshold; infinity: there was none."""
+        if not bool(smallest.isfinite()):
+            return
         old = weights["threshold"]
         old.copy_(torch.where(old > 0, MEMORY * old + (1 - MEMORY) * smallest, smallest))
 

@@ -5,13 +5,15 @@
     ghost     all dead latents do, with exp instead of an activation function, scaled to half the length of what was
               missed; the error is weighted to be as large as the loss  Jermyn and Templeton 2024
     resample  now and then dead latents start again at inputs that are badly reconstructed, drawn with the squared
-              loss; the encoder at a fifth of the mean length of live ones, Adam forgets them  Bricken et al. 2023
+              loss; the encoder (and a threshold) at a fifth of the mean of live ones, biases at 0, Adam forgets them
+                                                                        Bricken et al. 2023
 
 Shapes: B tokens, C tokens of a chunk, D width, F latents, K kept latents, M dead latents (of this process's slice).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,10 +142,9 @@ def restart(
     if not total:
         return 0
     live_F = ~dead_F
-    lengths = torch.stack(
-        [torch.linalg.vector_norm(weights["W_enc"][live_F], dim=1).sum(), live_F.sum().to(error_BD.dtype)]
-    )
-    length, live = team.sum_(lengths, "shards").tolist()
+    logs_F = weights.get("log_threshold", torch.zeros_like(weights["b_enc"]))
+    of_live = [torch.linalg.vector_norm(weights["W_enc"], dim=1)[live_F].sum(), logs_F[live_F].sum(), live_F.sum()]
+    length, log, live = team.sum_(torch.stack([total.to(error_BD.dtype) for total in of_live]), "shards").tolist()
     losses_B = error_BD.double().pow(2).sum(1)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial((losses_B**2).clamp_(min=1e-300).cpu(), total, replacement=True, generator=generator)
@@ -151,7 +152,10 @@ def restart(
     unit_MD = chosen_MD / torch.linalg.vector_norm(chosen_MD, dim=1, keepdim=True).clamp_(min=1e-12)
     weights["W_dec"][rows_M] = unit_MD
     weights["W_enc"][rows_M] = unit_MD * (RESTART * length / max(live, 1.0) if live else 1.0)
-    weights["b_enc"][rows_M] = 0
+    for name in {"b_enc", "r_mag", "b_mag"} & set(weights):
+        weights[name][rows_M] = 0
+    if "log_threshold" in weights and live:
+        weights["log_threshold"][rows_M] = log / live + math.log(RESTART)  # as short as the rows that must pass it
     for held in moments:
         for name, moment in held.items():
             if name != "b_dec":

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sae.kernels import Encoder, decode_pairs
 from sae.losses import normalise_rows_
-from train.distributed import Team, block_seeds
+from train.distributed import ALONE, Team, block_seeds
 from train.objectives import Objective, objective_of
 from train.recipe import COUNTED, Recipe
 
 SCALED_ON = 1024
 """Sample rows on which the first activations are scaled."""
+STRETCH_CHUNK = 256
+"""Of these, rows encoded at a time."""
 BLOCK = 1024
 """Latents whose first directions come from one seed."""
 
@@ -61,12 +63,19 @@ def _stretch(objective: Objective, weights: dict[str, Tensor], centred_ND: Tenso
 
     Many latents that overlap overshoot by far; unlearning that drives most of those with thresholds below them."""
     encoder = Encoder(weights["W_enc"], weights["b_enc"], screen=weights["W_enc"].dtype)
-    objective.prepare(encoder, centred_ND, k)
-    found = [objective.pairs(encoder, centred_ND, weights, k)]
-    (pairs,) = objective.settle(found, weights, k, len(centred_ND), team) or found
-    f_P = objective.forward(weights, pairs)
-    y_ND = team.sum_(decode_pairs(pairs.latent_P, f_P, pairs.starts(), weights["W_dec"]), "shards")
-    return float((centred_ND * y_ND).sum() / y_ND.pow(2).sum().clamp(min=1e-30))
+    alike = team if team.shards > 1 else ALONE  # readers all have the same sample
+    parts = torch.split(centred_ND, STRETCH_CHUNK)
+    objective.prepare(encoder, parts[0], k)
+    settled = None
+    while settled is None:
+        found = [objective.pairs(encoder, part_CD, weights, k) for part_CD in parts]
+        settled = objective.settle(found, weights, k, len(centred_ND), alike)
+    dot = square = 0.0
+    for part_CD, pairs in zip(parts, settled, strict=True):
+        f_P = objective.forward(weights, pairs)
+        y_CD = alike.sum_(decode_pairs(pairs.latent_P, f_P, pairs.starts(), weights["W_dec"]), "shards")
+        dot, square = dot + float((part_CD * y_CD).sum()), square + float(y_CD.pow(2).sum())
+    return dot / max(square, 1e-30)
 
 
 def _between(pre_NR: Tensor, rank: int) -> Tensor:

@@ -283,8 +283,9 @@ class SparseStep:
         self.fired_F += counts_F
         self.silent_F.add_(tokens).masked_fill_(counts_F > 0, 0)
         if isinstance(self.objective, BatchTopK):
-            smallest = torch.stack([torch.where(part.f_P > 0, part.f_P, math.inf).min() for part in parts]).min()
-            self.objective.follow(self.weights, -self.team.gather(-smallest[None]).max())
+            on = [part.f_P[part.f_P > 0] for part in parts]
+            smallest = torch.cat([*on, on[0].new_full((1,), math.inf)]).min()
+            self.objective.follow(self.weights, self.team.gather(smallest[None]).min())
         if self.recipe.l0_target:
             self._steer(sum(part.active for part in parts) / tokens)
 
