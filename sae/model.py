@@ -109,6 +109,16 @@ class SAE(nn.Module):
         for name in config.function.extra:
             setattr(self, f"{name}_F", weight(config.d_sae))
 
+    @classmethod
+    def of(cls, config: SAEConfig, weights: dict[str, Tensor]) -> SAE:
+        """The SAE with these weights, by their names on disk; the tensors are used where they lie, not copied."""
+        sae = cls(config, device="meta")
+        for name, held in sae.weights.items():
+            assert weights[name].shape == held.shape, f"{name} is {tuple(weights[name].shape)}, not {tuple(held.shape)}"
+            suffix = {"W_enc": "FD", "W_dec": "FD", "b_dec": "D"}.get(name, "F")
+            setattr(sae, f"{name}_{suffix}", nn.Parameter(weights[name], requires_grad=False))
+        return sae
+
     @property
     def weights(self) -> dict[str, nn.Parameter]:
         """All parameters by their names on disk: `W_enc`, `b_enc`, `W_dec`, `b_dec`, and what its activation has."""

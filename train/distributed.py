@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
-from train.errors import TrainError
+from train.errors import GoneError
 
 Kind = Literal["alone", "data", "latents"]
 
@@ -42,11 +42,12 @@ class Team:
         """Processes that hold different latents."""
         return self.size if self.kind == "latents" else 1
 
-    def part(self, latents: int) -> slice:
-        """The latents that this process holds."""
+    def part(self, latents: int, rank: int | None = None) -> slice:
+        """The latents that this process holds, or that of another rank."""
         if self.shards == 1:
             return slice(0, latents)
-        return slice(self.rank * latents // self.size, (self.rank + 1) * latents // self.size)
+        rank = self.rank if rank is None else rank
+        return slice(rank * latents // self.size, (rank + 1) * latents // self.size)
 
     def rows(self, batch: int) -> slice:
         """The rows of a batch that this process reads."""
@@ -81,6 +82,18 @@ class Team:
         _explained(lambda: distributed.all_gather(parts, padded))
         return torch.cat([part.narrow(dim, 0, int(size)) for part, size in zip(parts, sizes, strict=True)], dim)
 
+    def send_first(self, piece: Tensor | None, sender: int, into: Tensor | None) -> None:
+        """Copies `piece` of the process `sender` to `into`, on the CPU of the first process; nothing to do for others.
+
+        `piece` is None but on the sender, `into` but on the first process."""
+        if self.rank == sender and piece is not None:
+            if into is not None:
+                into.copy_(piece)
+            else:
+                _explained(lambda: distributed.send(piece.cpu().contiguous(), 0))
+        elif into is not None:
+            _explained(lambda: distributed.recv(into, sender))
+
     def agree(self, fine: bool) -> bool:
         """Whether all processes are fine."""
         faults = torch.tensor(0 if fine else 1)
@@ -102,7 +115,7 @@ ALONE = Team()
 def join_team(kind: Literal["data", "latents"], *, device: str = "cpu", minutes: float = 10.0) -> Team:
     """The team that torchrun started this process in; `ALONE` where it started none or one.
 
-    A process that has heard nothing of another for `minutes` gives up, with a `TrainError`.
+    A process that has heard nothing of another for `minutes` gives up, with a `GoneError`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
@@ -119,7 +132,7 @@ def _explained(exchange: Callable[[], object]) -> None:
         exchange()
     except (RuntimeError, distributed.DistError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise TrainError(
+        raise GoneError(
             f"another process of this run is gone ({why})", "start all again with --resume: nothing written is lost"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The one kind of error by which a user's mistake or a damaged file stops capture, training or evaluation."""
+"""The kind of error by which a user's mistake or a damaged file stops capture, training or evaluation."""
 
 
 class TrainError(ValueError):
@@ -7,3 +7,11 @@ class TrainError(ValueError):
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)
         self.hint = hint
+
+
+class LossError(TrainError):
+    """Numbers of a run that are none any more. All its processes raise it together; runs beside it can go on."""
+
+
+class GoneError(TrainError):
+    """Another process of the run is gone, so that this one cannot go on either."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import TokensByLatent, decode_pairs, dot_pairs
-from train.errors import TrainError
+from train.errors import LossError
 from train.objectives import Gated, Pairs
 from train.revival import Revival, revive
 
@@ -53,7 +53,7 @@ class Gradient:
 
 
 def batch_gradient(step: SparseStep, x_BD: Tensor, k: int, coefficient: float) -> Gradient:
-    """The gradient of the loss on the rows of this process. Raises `TrainError` where the loss is not finite."""
+    """The gradient of the loss on the rows of this process. Raises `LossError` where the loss is not finite."""
     tokens = len(x_BD)
     centred_BD = x_BD.to(step.device, step.weights["b_dec"].dtype) - step.weights["b_dec"]
     chunks = _pairs(step, centred_BD, k)
@@ -119,7 +119,7 @@ def batch_gradient(step: SparseStep, x_BD: Tensor, k: int, coefficient: float) -
     step.team.sum_(tally[2:], "readers")
     everyone = tokens * step.team.readers
     if not math.isfinite(float(tally.sum())):
-        raise TrainError("the loss is no longer a number", "lower --lr, and look at the activations for NaN")
+        raise LossError("the loss is no longer a number", "lower --lr, and look at the activations for NaN")
     losses = {"reconstruction": float(tally[1 + step.prefixes]) / (everyone * step.variance)}
     if step.prefixes > 1:
         losses["prefixes"] = float(tally[2 : 2 + step.prefixes].mean()) / (everyone * step.variance)

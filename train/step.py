@@ -151,7 +151,7 @@ class SparseStep:
     def gradient(self, x_BD: Tensor, *, k: int | None = None, coefficient: float | None = None) -> Gradient:
         """The gradient of the loss on the rows of this process. `k` and `coefficient` stand in for the recipe's.
 
-        Changes no state. Raises `TrainError` where the loss is not finite."""
+        Changes no state. Raises `LossError` where the loss is not finite."""
         strength = self.strength if coefficient is None else coefficient
         return batch_gradient(self, x_BD, self.recipe.k if k is None else k, strength)
 

@@ -7,9 +7,6 @@ next. Killing the process loses at most the steps since the last checkpoint, and
 as an unbroken one. A `Trainer` is one run; `run_together` drives one or several of them over the same rows, each batch
 read once.
 
-The SAE on disk reads the model's own residuals: a factor on the inputs is multiplied into its biases and thresholds at
-the end, a scaling of each token is written into its config.
-
 Shapes: B tokens, D width of the rows, F latents, N rows.
 """
 
@@ -17,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,21 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.checkpoint import load_sae, save_sae
-from sae.model import SAE, SAEConfig
+from sae.checkpoint import Stats, save_sae
+from sae.model import SAE
 from train.activity import ActivityLog
+from train.assemble import assembled, own_sae
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig, check_same, read_run, write_run
 from train.distributed import ALONE, Team
-from train.errors import TrainError
+from train.errors import LossError, TrainError
 from train.inputs import Inputs, open_rows
 from train.log import Log
 from train.metrics import append_metrics, cut_metrics, obey
-from train.preprocess import PER_TOKEN, plan_of
+from train.preprocess import plan_of
 from train.reader import Source
 from train.recipe import COUNTED
 from train.signals import StoppedError, stop_on_signals
-from train.statistics import measure
+from train.statistics import Measured, measure
 from train.step import SparseStep
 
 Progress = Callable[[dict[str, Any]], None]
@@ -52,8 +50,8 @@ READ_ROWS = 1 << 14
 """Rows read at a time for the statistics of the finished SAE."""
 DEAD_WINDOW = 1_000_000
 """A latent is reported dead when it was not active in this many training tokens, or in all if there were fewer."""
-SCALED = ("b_enc", "b_dec", "threshold", "b_mag")
-"""What grows with the inputs: with these multiplied by a factor, activations and output are too."""
+HELD_BYTES = 1 << 30
+"""Held-out rows, in float32, on which the finished SAE is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +196,8 @@ class Trainer:
             parts = torch.split(x_BD, len(x_BD) // config.accumulate)
             gradients = [self.state.gradient(part, k=k, coefficient=coefficient) for part in parts]
             norm = self.state.update(gradients, config.rate(step))
-        except TrainError as error:
-            raise TrainError(f"{error}, at step {step:,} of {self.out}", error.hint) from error
+        except LossError as error:
+            raise LossError(f"{error}, at step {step:,} of {self.out}", error.hint) from error
         self.step += 1
         self.log.add([gradient.losses for gradient in gradients], sum(g.active for g in gradients), norm, config.batch)
         every = config.resample_every
@@ -229,10 +227,7 @@ class Trainer:
         if self.team.rank == 0:
             self.activity.add(self.step, self.tokens, silent_F, fired_F)
         if self.held_out_ND is not None:
-            sae, fvu = self.sae(), torch.zeros((), dtype=torch.float64)
-            if self.team.rank == 0:
-                fvu += measure(sae, [self.held_out_ND], self.threads).fvu
-            found["held_out_fvu"] = float(self.team.sum_(fvu))
+            found["held_out_fvu"] = self.measure([self.held_out_ND]).fvu
             better = found["held_out_fvu"] < self.best
             self.best, self.patience = (found["held_out_fvu"], 0) if better else (self.best, self.patience + 1)
             self.stopped = 0 < self.config.early_stop <= self.patience
@@ -248,42 +243,26 @@ class Trainer:
         return (self.team.gather(slice_F) if self.team.shards > 1 else slice_F).cpu()
 
     def sae(self) -> SAE:
-        """The SAE at this step, for the model's own residuals. All processes must ask for it together."""
-        config, mode = self.config, self.scale.mode
-        sae = SAE(
-            SAEConfig(
-                d_in=self.source.d_in,
-                d_sae=config.latents,
-                activation=config.arch,
-                k=config.k if config.arch in COUNTED else 0,
-                hook=self.source.hook,
-                normalise=mode if mode in PER_TOKEN else "none",
-                prefixes=config.prefixes,
-                prolu_plain=config.prolu_plain and config.arch == "prolu",
-            )
-        )
-        weights = self.state.final_weights()
-        for name, parameter in sae.weights.items():
-            whole = weights[name].cpu() if name == "b_dec" else self._whole(weights[name])
-            parameter.copy_(whole.double() * self.scale.factor if name in SCALED else whole)
-        return sae
+        """The SAE at this step (`train.assemble.own_sae`); under `latents` the slice of this process."""
+        return own_sae(self.state, self.config, self.scale, self.source.hook)
+
+    def measure(self, parts: Iterable[Tensor]) -> Measured:
+        """What the SAE does at this step; all processes ask together, and under `latents` each gets its statistics."""
+        return measure(self.sae(), parts, self.threads, self.team, self.config.k)
 
     def finish(self) -> TrainSummary:
         """Measures the SAE and writes it: on held-out rows if there are some, else on those it was trained on, but of a
         stream, which cannot go back, on those that would have come next."""
-        sae, streamed = self.sae(), bool(self.source.manifest.get("streamed"))
-        figures = torch.zeros(2, dtype=torch.float64)
-        if self.team.rank == 0:
-            held_ND, rows = self.source.held_out(self.config.stats_rows), min(self.config.stats_rows, self.source.rows)
-            first = self.tokens if streamed else 0
-            other = (
-                self.source.batch(first + start, min(READ_ROWS, rows - start)) for start in range(0, rows, READ_ROWS)
-            )
-            found = measure(sae, other if held_ND is None else torch.split(held_ND, READ_ROWS), self.threads)
-            figures += torch.tensor([found.fvu, found.l0], dtype=torch.float64)
-        fvu, l0 = self.team.sum_(figures).tolist()
-        summary = TrainSummary(self.step, self.tokens, fvu, l0, self.dead())
-        if self.team.rank == 0:
+        stats_rows, streamed = self.config.stats_rows, bool(self.source.manifest.get("streamed"))
+        held_ND = self.source.held_out(min(stats_rows, max(1, HELD_BYTES // (4 * self.source.d_in))))
+        rows, first = min(stats_rows, self.source.rows), self.tokens if streamed else 0
+        other = (self.source.batch(first + start, min(READ_ROWS, rows - start)) for start in range(0, rows, READ_ROWS))
+        found = self.measure(other if held_ND is None else torch.split(held_ND, READ_ROWS))
+        own, whole = found.stats, self._whole
+        stats = Stats(whole(own.max_F), whole(own.mean_on_F), whole(own.density_F), own.resid_norm, own.tokens)
+        sae = assembled(self.sae(), self.config, self.team)
+        summary = TrainSummary(self.step, self.tokens, found.fvu, found.l0, self.dead())
+        if sae is not None:
             manifest = {
                 "hook": self.source.hook,
                 "data": self.source.manifest | {"activations_sha256": self.source.digest},
@@ -294,15 +273,22 @@ class Trainer:
                 "versions": {"steer": _version("steer"), "torch": torch.__version__},
                 "metrics": asdict(summary),
             }
-            save_sae(self.out / "sae", sae, found.stats, manifest)
+            save_sae(self.out / "sae", sae, stats, manifest)
         self.team.wait()
         return summary
 
     def written(self) -> TrainSummary | None:
         """What was measured when the SAE of this run was written; None if it is not yet."""
-        if not (self.out / "sae" / "cfg.json").is_file():
+        folder = self.out / "sae"
+        if not (folder / "cfg.json").is_file():
             return None
-        return TrainSummary(**load_sae(self.out / "sae").manifest["metrics"])
+        try:
+            return TrainSummary(**json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainError(
+                f"{folder} does not say what was measured of it ({error})",
+                "delete it and go on with --resume: it is written again from the last checkpoint",
+            ) from error
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -354,12 +340,11 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
                 trainer.log.waited += waited
                 try:
                     trainer.advance(x_BD)
-                except TrainError as error:
+                    trainer.report()
+                except LossError as error:
                     if len(trainers) == 1:
                         raise
                     trainer.fault = error
-                    continue
-                trainer.report()
             words = set(told)
             for trainer in going if team.rank == 0 else []:
                 words |= obey(trainer.out)
@@ -372,7 +357,12 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
                 raise StoppedError(behind[0].step, behind[0].config.steps)
     for trainer in going:
         if not trainer.fault:
-            done[trainer.out] = trainer.finish()
+            try:
+                done[trainer.out] = trainer.finish()
+            except LossError as error:
+                if len(trainers) == 1:
+                    raise
+                trainer.fault = error
     if all(trainer.fault for trainer in trainers):
         raise TrainError("no run of the sweep came to its end", str(first.fault))
     return [summary for summary in done.values() if summary is not None]

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from train.inputs import open_rows
 from train.metrics import append_metrics, read_metrics, tell
 from train.signals import StoppedError
 from train.sweep import member_name, parse_sweep, search_rate, sweep
-from train.trainer import train
+from train.trainer import Trainer, train
 
 TIMED = ("tokens_per_second", "loader_wait", "grad_norm")
 """Not the same in two runs: times, and a sum in the order in which threads end."""
@@ -234,6 +235,28 @@ def test_a_rate_that_is_too_high_is_left_out_and_the_best_one_taken(
     monkeypatch.setattr("train.sweep.SHORT_STEPS", 20)
     best, table = search_rate(open_rows(rows, config), tmp_path / "auto", config, [])
     assert len(table) == 5 and min(table) < best
+
+
+@pytest.mark.parametrize("at", ["an evaluation", "the end"])
+def test_a_member_whose_weights_are_no_numbers_when_it_is_measured_is_left_out(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    config = small(held_out=0.1, evaluate_every=20 if at == "an evaluation" else 1000)
+    whole, step_at = Trainer.advance, 20 if at == "an evaluation" else 40
+
+    def spoilt(trainer: Trainer, x_BD: torch.Tensor) -> None:
+        whole(trainer, x_BD)
+        if trainer.config.k == 4 and trainer.step == step_at:
+            trainer.state.weights["W_dec"].fill_(torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", spoilt)
+        source = open_rows(rows, config)
+        found = sweep(source, tmp_path, config, [{"k": 4}, {"k": 2}])
+        with pytest.raises(TrainError, match="cannot be measured"):
+            train(rows, tmp_path / "alone", replace(config, k=4), threads=1)
+    assert isinstance(found["k-4"], TrainError) and "cannot be measured" in str(found["k-4"])
+    assert not isinstance(found["k-2"], TrainError) and (tmp_path / "k-2" / "sae" / "cfg.json").is_file()
 
 
 @pytest.mark.parametrize(
