@@ -24,11 +24,12 @@ from torch import Tensor
 from llama_3.chat_format import ChatFormat
 from llama_3.hooks import SITES, HookPoint, Hooks, Span
 from llama_3.model import Transformer
+from llama_3.quantize import Int4Linear, QuantizedLinear
 from llama_3.tokenizer import Tokenizer
-from train.cost import TRIAL_SECONDS, Cost, check_room, duration, estimate, trial
+from train.cost import TRIAL_SECONDS, Cost, check_room, duration, estimate, readable, trial
 from train.documents import HUB, list_sources
 from train.errors import TrainError
-from train.shards import Background, Piece, ShardWriter, read_manifest, row_bytes, sha256_of, share_folder
+from train.shards import Background, Piece, ShardWriter, own_manifest, read_manifest, row_bytes, sha256_of, share_folder
 from train.text import Row, TextCounts, TextPlan, default_chat, read_rows
 
 POOL_TOKENS = 1 << 18
@@ -194,7 +195,7 @@ class Job:
     def made_from(self) -> dict[str, Any]:
         """What a manifest tells of this; reads every file, for its hash."""
         return {
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": precision(self.model),
             "files": [_described(source) for source in list_sources(self.files)],
             "text": asdict(self.plan),
             "keep_special": self.keep_special,
@@ -228,9 +229,9 @@ def capture(
 
     `plan` says how the text is read. Dialogs are written in `chat`, by default as in Llama 3; one that shows the day
     goes on with that on which the capture began. `provenance` (hashes of the model, say) goes into the manifests.
-    `on_progress` is called after each shard, `on_notice` with a sentence on each damaged shard that is made again,
-    `on_batch` before each batch; what they raise ends the capture in good order. As process `rank` of `ranks` it takes
-    its share of documents and rows, and the summary is of that share.
+    `on_progress` is called after each shard, `on_notice` with a sentence on each damaged shard that is made again and
+    one on the disk that is needed, `on_batch` before each batch; what they raise ends the capture in good order. As
+    process `rank` of `ranks` it takes its share of documents and rows, and the summary is of that share.
 
     Raises `TrainError` if `out` holds a capture of something else, the disk is too small or full, an activation is not
     finite, or the text holds no token to capture. What is listed in a manifest then stays, and the same call goes on.
@@ -253,7 +254,9 @@ def capture(
             for damage in writer.damaged:
                 if on_notice:
                     on_notice(f"{damage}: it is made again")
-        _check_room(Path(out), writers, files, ranks)
+        disk = _check_room(Path(out), writers, files, ranks)
+        if on_notice and not all(writer.done for writer in writers):
+            on_notice(disk)
         if not all(writer.done for writer in writers):
             _fill(job, points, writers, background, share, on_progress, on_batch, counts)
     tokens = min(writer.rows for writer in writers)
@@ -353,14 +356,16 @@ def capture_cost(
     )
 
 
-def _check_room(out: Path, writers: list[ShardWriter], files: Sequence[Path | str], ranks: int) -> None:
-    """`TrainError` where the disk clearly cannot hold what is missing."""
+def _check_room(out: Path, writers: list[ShardWriter], files: Sequence[Path | str], ranks: int) -> str:
+    """What will be written at most, in a sentence. `TrainError` where the disk clearly cannot hold what is missing."""
     text = fewest_tokens(files)
-    needed = 0
+    needed = most = 0
     for writer in writers:
         rows = writer.missing if text is None else min(writer.missing, max(0, text // ranks - writer.rows))
         needed += rows * row_bytes(int(writer.manifest["d_in"]))
-    check_room(out, needed, "capture fewer tokens with --max-tokens, or choose a folder on another disk")
+        most += writer.missing * row_bytes(int(writer.manifest["d_in"]))
+    free = check_room(out, needed, "capture fewer tokens with --max-tokens, or choose a folder on another disk")
+    return f"{out} takes at most {readable(most * ranks)} of disk more; {readable(free)} are free"
 
 
 def fewest_tokens(files: Sequence[Path | str]) -> int | None:
@@ -371,6 +376,16 @@ def fewest_tokens(files: Sequence[Path | str]) -> int | None:
     return sum(Path(file).stat().st_size // _BYTES_PER_TOKEN[Path(file).suffix.lower()] for file in sources)
 
 
+def precision(model: Transformer) -> str:
+    """The numbers that the model computes with, as `bfloat16` or `bfloat16, int8 from block 4`."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    for layer, block in enumerate(model.blocks):
+        if kinds := [type(part) for part in block.modules() if isinstance(part, QuantizedLinear)]:
+            scheme = "int4" if any(issubclass(kind, Int4Linear) for kind in kinds) else "int8"
+            return f"{dtype}, {scheme} from block {layer}"
+    return dtype
+
+
 def _name_of(chat: ChatFormat) -> str:
     return chat.name + (f" of {chat.date}" if chat.date else "")
 
@@ -379,7 +394,7 @@ def _on_its_day(chat: ChatFormat | None, folder: Path) -> ChatFormat | None:
     """A format that shows the clock's date goes on with that on which the capture in `folder` began."""
     if chat is None or not chat.of_today or not (folder / "manifest.json").exists():
         return chat
-    name, _, date = str(read_manifest(folder).get("chat_format")).partition(" of ")
+    name, _, date = str(own_manifest(folder).get("chat_format")).partition(" of ")
     return chat.on(date) if name == chat.name and date else chat
 
 

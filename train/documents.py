@@ -74,6 +74,8 @@ def read_documents(source: Path | str) -> Iterator[Document]:
         raise TrainError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise TrainError(f"{path} is damaged: {error}", "copy or download it again") from error
+    except OSError as error:
+        raise TrainError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_texts(source: Path | str) -> Iterator[str]:

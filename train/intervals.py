@@ -9,7 +9,7 @@ Shapes: U units, R resamples (the first is the text itself), N values, W width o
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ class DocumentSums:
         times_RU[1:] = 0
         times_RU[1:].scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
         sums = {name: (times_RU @ column[used_U]).squeeze(1) for name, column in self._columns_UW.items()}
-        return [_metric(name, formula(sums)) for name, formula in formulas.items()]
+        measured = [_metric(name, formula(sums)) for name, formula in formulas.items()]
+        # One document alone would always be drawn again: that says nothing of others.
+        return measured if len(used_U) > 1 else [replace(each, low=math.nan, high=math.nan) for each in measured]
 
 
 def _metric(name: str, values_R: Tensor) -> Metric:

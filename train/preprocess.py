@@ -171,7 +171,7 @@ class Plan:
     median: list[float] = field(repr=False)
     """geometric median of a sample, likewise"""
     made_from: list[dict[str, Any]] = field(repr=False)
-    """`name`, `rows`, `bytes`, `sha256` of every file"""
+    """`name`, `rows`, `bytes`, `sha256` of every file; of one that is no shard also `sample`, a hash of parts of it"""
 
     def center_D(self) -> Tensor:
         """Where `b_dec` starts, (D,) float32, in the units of scaled inputs."""
@@ -185,8 +185,8 @@ class Plan:
             )
         planned = {entry["name"]: entry for entry in self.made_from}
         for entry in entries:
-            known = planned.pop(entry["name"], {})
-            if any(known.get(name) != value for name, value in entry.items()):
+            known = planned.pop(entry["name"], None)
+            if known is None or any(known.get(name, value) != value for name, value in entry.items()):
                 raise TrainError(
                     f"the plan in {folder} was made from another {entry['name']}", "run steer preprocess again"
                 )

@@ -221,7 +221,13 @@ class ShardReader:
         rows = sum(file.rows for file in self.files)
         self.manifest = {"hook": "", "d_in": self.d_in, "files": len(self.files), "rows": rows}
         return [
-            {"name": file.path.name, "rows": file.rows, "bytes": file.path.stat().st_size} for file in self.files
+            {
+                "name": file.path.name,
+                "rows": file.rows,
+                "bytes": file.path.stat().st_size,
+                "sample": _sampled_hash(file.path),
+            }
+            for file in self.files
         ], False
 
     def _digest(self) -> str:
@@ -229,9 +235,7 @@ class ShardReader:
         if self._captured or self.plan:
             content: list[Any] = [(entry["rows"], entry["sha256"]) for entry in self.made_from]
         else:
-            content = [
-                (entry["rows"], entry["bytes"], _sampled_hash(self.folder / entry["name"])) for entry in self.made_from
-            ]
+            content = [(entry["rows"], entry["bytes"], entry["sample"]) for entry in self.made_from]
         if self.plan or self.share:
             content = [content, self.share, self.split_seed, self.plan and self.plan.scale.mode]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

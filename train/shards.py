@@ -43,10 +43,15 @@ def sha256_of(file: Path | str) -> str:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes `content` atomically."""
+    """Writes `content` atomically. `TrainError` naming the file where the disk does not take it."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        hint = "make room there and run the same command again: what was written before is kept"
+        raise TrainError(f"{file} cannot be written: {error.strerror or error}", hint) from error
 
 
 def row_bytes(d_in: int) -> int:
@@ -107,13 +112,13 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     Raises `TrainError` if it is missing or not ours.
     """
     folder = Path(folder)
-    manifest = _read_one(folder)
+    manifest = own_manifest(folder)
     if "ranks" not in manifest or "rank" in manifest:
         return manifest
     ranks = manifest["ranks"]
     if not isinstance(ranks, int) or not 1 < ranks < 1 << 16:
         raise TrainError(f"{folder / 'manifest.json'} is damaged: it was made by {ranks!r} processes")
-    parts = [(f"rank-{rank:02}", _read_one(folder / f"rank-{rank:02}")) for rank in range(ranks)]
+    parts = [(f"rank-{rank:02}", own_manifest(folder / f"rank-{rank:02}")) for rank in range(ranks)]
     alike = {key: value for key, value in manifest.items() if key not in ("shards", "done")}
     for name, part in parts:
         if any(part.get(key) != value for key, value in alike.items()):
@@ -142,7 +147,7 @@ def _begin(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
         manifest = {"format": FORMAT, "version": VERSION} | made_from | {"shards": [], "done": False}
         write_json(folder / "manifest.json", manifest)
         return manifest
-    manifest = _read_one(folder)
+    manifest = own_manifest(folder)
     if "text" not in manifest and isinstance(text := made_from.get("text"), dict):  # made before there were plans
         defaults = {"unit": "context", "bos": True, "shuffle": None, "dedupe": False, "part": "all"}
         manifest["text"] = text | defaults | {"context": manifest.pop("context", None)}
@@ -166,7 +171,8 @@ def _difference(name: str, found: Any, value: Any) -> tuple[str, Any, Any]:
     return name, found, value
 
 
-def _read_one(folder: Path) -> dict[str, Any]:
+def own_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest that lies in a folder; of several processes, what they have in common. Errors as `read_manifest`."""
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

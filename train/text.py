@@ -2,8 +2,9 @@
 
 `TextPlan` says how: which documents (a part, without copies), in which order, cut into what. Several files are read
 side by side, each giving the same number of tokens until it ends, so that the first tokens of a long list are a mixture
-and not its first file. A document's number is its place in that reading, before anything is left out or shuffled: it
-depends on the files and the tokenizer alone, so that whoever reads them sees the same split by document.
+and not its first file; of more than `OPEN`, the next begins where one ends. A document's number is its place in that
+reading, before anything is left out or shuffled: it depends on the files and the tokenizer alone, so that whoever reads
+them sees the same split by document.
 
 Nothing is held but a shuffle's buffer and, to find copies, 8 bytes a document.
 """
@@ -13,6 +14,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from heapq import heappop, heapreplace
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -32,6 +35,8 @@ CONTEXT, SENTENCE = 512, 192
 """Tokens of a row when nothing is said, for contexts and for sentences."""
 SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 4096, 1 << 24
 """What the buffer of a shuffle holds at most."""
+OPEN = 64
+"""Sources read side by side: each is an open file, and a decompressor's memory."""
 
 
 @dataclass(frozen=True)
@@ -176,18 +181,21 @@ def read_rows(
 
 
 def interleave(sources: Iterable[Iterator[Item]], size: Callable[[Item], int]) -> Iterator[Item]:
-    """Items drawn from several sources, always from the one that has given the least so far, as `size` measures it."""
-    sources = list(sources)
-    given = [0] * len(sources)
-    live = set(range(len(sources)))
+    """Items drawn from several sources, always from the one that has given the least so far, as `size` measures it.
+
+    `OPEN` of them are begun; one that comes in later counts as if it had given as much as the one that ended.
+    """
+    waiting = enumerate(sources)
+    live = [(0, number, source) for number, source in islice(waiting, OPEN)]  # a heap; numbers differ
     while live:
-        source = min(live, key=lambda i: (given[i], i))
-        item = next(sources[source], None)
-        if item is None:
-            live.remove(source)
-            continue
-        given[source] += size(item)
-        yield item
+        given, number, source = live[0]
+        if (item := next(source, None)) is not None:
+            heapreplace(live, (given + size(item), number, source))
+            yield item
+        elif (coming := next(waiting, None)) is not None:
+            heapreplace(live, (given, *coming))
+        else:
+            heappop(live)
 
 
 def shuffled(items: Iterable[Item], seed: int, size: Callable[[Item], int]) -> Iterator[Item]:

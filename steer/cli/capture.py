@@ -90,6 +90,8 @@ def capture(
     for name, number in {"shard-mb": shard_mb, "batch-tokens": batch_tokens, "max-tokens": max_tokens}.items():
         if number < 1:
             raise SteerError(f"--{name} is {number}", "give at least 1")
+    if price_per_hour is not None and not dry_run:
+        raise SteerError("--price-per-hour is for --dry-run alone", "add --dry-run")
     check_files(files)
     engine = load_whole(settings)
     if dry_run:

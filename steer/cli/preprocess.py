@@ -52,6 +52,8 @@ def preprocess(
     threads = settings.threads or os.cpu_count() or 1
     plan = make_plan(reader, scale=scale, center=center, threads=threads, on_progress=tell)
     write_plan(activations, plan)
+    if held_out and not plan.held_out_rows:
+        narrate("no row is held out: the documents that this split holds out are not in these activations")
     names = ("rows", "held_out_rows", "center", "variance", "norm")
     summary = {name: getattr(plan, name) for name in names} | {"scale": scale, "factor": plan.scale.factor}
     if json:

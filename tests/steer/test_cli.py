@@ -177,6 +177,7 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["inspect", "hi", "--html", "no/such/page.html"], 1, "No such file or directory"),
         (["capture", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
         (["capture", "--out", "x"], 2, "Missing argument"),
+        (["capture", "nowhere.txt", "--out", "x", "--price-per-hour", "2"], 1, "--price-per-hour is for --dry-run"),
         (["train", "nowhere", "--out", "x"], 1, "no file `nowhere`"),
         (["label", "local", "nowhere.db"], 1, "no file `nowhere.db`"),
         (["label", "collect", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),

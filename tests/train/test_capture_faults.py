@@ -1,5 +1,6 @@
 """What ends a capture is one sentence and loses nothing that is listed; the same call goes on to the same bytes."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from llama_3.model import Transformer
+from llama_3.quantize import quantize_model
 from tests.tiny import byte_tokenizer, tiny_model
 from train.capture import Job, Progress, capture, capture_cost, fewest_tokens
 from train.cost import Cost, duration, estimate, readable, trial
@@ -28,12 +31,12 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def run(text: Path, out: Path, **options: object) -> list[str]:
-    """Captures everything; the notices."""
+def run(text: Path, out: Path, model: Transformer | None = None, **options: object) -> list[str]:
+    """Captures everything; the notices of damage."""
     notices: list[str] = []
     sizes = SIZES | {"on_notice": notices.append} | options
-    capture(tiny_model(), byte_tokenizer(), [text], out, [HOOK], 10_000, **sizes)  # type: ignore[arg-type]
-    return notices
+    capture(model or tiny_model(), byte_tokenizer(), [text], out, [HOOK], 10_000, **sizes)  # type: ignore[arg-type]
+    return [notice for notice in notices if "of disk more" not in notice]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,6 +72,32 @@ def test_a_full_disk_ends_it_in_one_sentence_and_it_goes_on(text: Path, tmp_path
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_for_the_manifest_is_named_too(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "manifest.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(TrainError, match=r"manifest\.json cannot be written: No space left") as raised:
+        run(text, out)
+    assert raised.value.hint and not list(out.iterdir())
+
+
+def test_weights_in_fewer_bits_are_another_capture(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    model = tiny_model()
+    quantize_model(model, "int8", keep=1)
+    with pytest.raises(TrainError, match="dtype = 'float32', not 'float32, int8 from block 1'"):
+        run(text, tmp_path / "a", model=model)
+
+
+def test_the_disk_that_is_needed_is_told_before_anything_runs(text: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    for _ in range(2):
+        run(text, tmp_path / "a", on_notice=told.append)
+    (sentence,) = told
+    assert re.search(r"a takes at most [\d.,]+ kB of disk more; .* are free", sentence)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "fewer rows"])
 def test_damaged_shards_are_named_and_made_again_alone(damage: str, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
@@ -90,8 +119,7 @@ def test_damaged_shards_are_named_and_made_again_alone(damage: str, text: Path, 
     ran: list[int] = []
     model = tiny_model()
     model.register_forward_pre_hook(lambda model, tokens: ran.append(1))
-    notices: list[str] = []
-    capture(model, byte_tokenizer(), [text], out, [HOOK], 10_000, on_notice=notices.append, **SIZES)  # type: ignore[arg-type]
+    notices = run(text, out, model)
     assert [str(file) in notice for file, notice in zip(chosen, notices, strict=True)] == [True] * 3
     assert contents(out) == before
     del untouched[out / "manifest.json"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_3.chat_format import ChatFormat
 from tests.tiny import byte_tokenizer, tiny_model, write_tiny_checkpoint
 from train.capture import capture, summarise
 from train.errors import TrainError
@@ -64,6 +65,16 @@ def test_the_shares_of_two_are_the_rows_of_one(text: Path, tmp_path: Path) -> No
     assert one.rows == two.rows == summarise(tmp_path / "two", [HOOK]).tokens
     sums = [source.batch(0, source.rows).double().sum(0) for source in (one, two)]
     torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-2)
+
+
+def test_a_process_that_begins_late_takes_the_day_of_the_first(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, day in ((0, "01 May 2031"), (1, "02 May 2031")):
+        monkeypatch.setattr("llama_3.chat_format._today", lambda day=day: day)
+        chat = ChatFormat(byte_tokenizer(), "llama-3.2")
+        capture(tiny_model(), byte_tokenizer(), [text], tmp_path / "a", [HOOK], 500, chat=chat, rank=rank, ranks=2)
+    assert read_manifest(tmp_path / "a")["chat_format"] == "llama-3.2 of 01 May 2031"
 
 
 def test_rows_are_shared_out_and_another_number_of_processes_is_another_capture(text: Path, tmp_path: Path) -> None:

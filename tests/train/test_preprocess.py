@@ -133,6 +133,9 @@ def test_a_plan_of_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"was made from another 1\.npy") as error:
         open_source(folder, 0)
     assert error.value.hint == "run steer preprocess again"
+    np.save(folder / "1.npy", drawn(100).numpy() + 1)
+    with pytest.raises(TrainError, match=r"was made from another 1\.npy"):
+        open_source(folder, 0)
     (folder / "1.npy").unlink()
     with pytest.raises(TrainError, match=r"was made with 1\.npy, which is gone"):
         open_source(folder, 0)
@@ -176,6 +179,8 @@ def test_the_command_writes_a_plan_again_and_again(
         assert [entry["sha256"] for entry in plan.made_from] == [
             shard["sha256"] for shard in json.loads((folder / "manifest.json").read_text())["shards"]
         ]
+    assert main(["preprocess", str(folder), "--held-out", "1e-9"]) == 0
+    assert "no row is held out" in capsys.readouterr().err
     for arguments, why in (
         ((str(tmp_path / "none"),), "there is no folder"),
         ((str(folder), "--held-out", "1"), "share is 1"),

@@ -3,7 +3,10 @@
 import gzip
 import json
 import lzma
+import resource
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,6 +74,41 @@ def test_sources_give_equal_numbers_of_tokens_until_one_ends() -> None:
     drawn = list(interleave([iter(long), iter(short)], len))
     assert [tokens[0] for tokens in drawn[:12]].count(1) >= 9
     assert sorted(map(len, drawn)) == [2] * 10 + [10] * 4
+
+
+def test_of_many_sources_few_are_open_and_each_gives_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.text.OPEN", 3)
+    opened, most = set[int](), 0
+
+    def source(number: int) -> Iterator[int]:
+        nonlocal most
+        opened.add(number)
+        most = max(most, len(opened))
+        yield from [number] * (number % 4 + 1)
+        opened.remove(number)
+
+    drawn = list(interleave(map(source, range(20)), lambda item: 1))
+    assert sorted(drawn) == [number for number in range(20) for _ in range(number % 4 + 1)]
+    assert most == 3 and not opened and drawn[:3] == [0, 1, 2]
+    assert drawn.index(7) < drawn.index(12), "one that comes in late shares with the others"
+
+
+def test_a_folder_of_more_files_than_may_be_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"text {number}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert len(list(read_rows([tmp_path], byte_tokenizer(), None, 40))) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_the_system_says_of_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("text")
+    monkeypatch.setattr("train.documents._open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(TrainError, match=r"t\.txt cannot be read: Permission denied"):
+        list(read_documents(tmp_path / "t.txt"))
 
 
 def test_a_long_document_becomes_rows_that_each_begin_with_bos(tmp_path: Path) -> None:
