@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,8 +55,10 @@ class Checkpoints:
                 f"the checkpoint of step {step:,} could not be written to {file} ({_why(error)})",
                 "make room and go on with --resume: earlier checkpoints are whole",
             ) from error
-        if self.team.shards > 1 and self.team.rank:
-            self.team.wait()
+        if self.team.shards > 1:
+            if self.team.rank:
+                self.team.wait()
+            self.team.wait()  # no process forgets an older slice before all have the new one
         for number in self._steps()[:-keep]:
             if keep_every and number % keep_every == 0:
                 continue
@@ -67,8 +70,8 @@ class Checkpoints:
         Raises `TrainError` if there are some and none can be read, and for one of another config or of other processes.
         """
         fault: TrainError | None = None
-        steps = self._steps(".safetensors")
-        for step in reversed(steps):
+        steps = torch.tensor(self._steps(".safetensors") if self.team.rank == 0 else [], dtype=torch.int64)
+        for step in reversed(self.team.gather(steps).tolist()):  # as the first process sees the folder
             saved: Saved | None = None
             try:
                 saved = self._load(step)

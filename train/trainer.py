@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +33,7 @@ from train.config import TrainConfig, check_same, read_run, write_run
 from train.distributed import ALONE, Team
 from train.errors import LossError, TrainError
 from train.inputs import Inputs, open_rows
+from train.lock import only_trainer
 from train.log import Log
 from train.metrics import append_metrics, cut_metrics, obey
 from train.preprocess import plan_of
@@ -317,13 +318,31 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
 
     Those that are behind, after a kill between their checkpoints, catch up first. A run that is finished is only read.
     One of several whose loss is no longer a number is left out, with its `fault`; all others come back in order. Raises
-    `StoppedError` when a signal or a control file asked to stop, after a checkpoint of each.
+    `StoppedError` when a signal or a control file asked to stop, after a checkpoint of each, and `TrainError` for a
+    folder in which another process trains.
     """
     first = trainers[0]
-    size, team, source = first.config.batch, first.team, first.source
-    assert all(trainer.config.batch == size and trainer.source is source for trainer in trainers)
-    done = {trainer.out: trainer.written() for trainer in trainers}
-    going = [trainer for trainer in trainers if done[trainer.out] is None]
+    with ExitStack() as stack:
+        for trainer in trainers if first.team.rank == 0 else []:
+            if trainer.written() is None:
+                stack.enter_context(only_trainer(trainer.out))
+        done = {trainer.out: trainer.written() for trainer in trainers}
+        going = [trainer for trainer in trainers if done[trainer.out] is None]
+        _to_the_last_step(going, alone=len(trainers) == 1)
+        for trainer in going:
+            with _left_out(trainer, alone=len(trainers) == 1):
+                done[trainer.out] = None if trainer.fault else trainer.finish()
+    if all(trainer.fault for trainer in trainers):
+        raise TrainError("no run of the sweep came to its end", str(first.fault))
+    return [summary for summary in done.values() if summary is not None]
+
+
+def _to_the_last_step(going: Sequence[Trainer], *, alone: bool) -> None:
+    """Trains the runs until each is finished or at fault."""
+    if not going:
+        return
+    size, team, source = going[0].config.batch, going[0].team, going[0].source
+    assert all(trainer.config.batch == size and trainer.source is source for trainer in going)
     for trainer in going if team.rank == 0 else []:
         obey(trainer.out)  # what an earlier process was told
         cut_metrics(trainer.out / "metrics.jsonl", trainer.step)
@@ -338,13 +357,9 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
             waited = time.monotonic() - began
             for trainer in (trainer for trainer in behind if trainer.step == step):
                 trainer.log.waited += waited
-                try:
+                with _left_out(trainer, alone=alone):
                     trainer.advance(x_BD)
                     trainer.report()
-                except LossError as error:
-                    if len(trainers) == 1:
-                        raise
-                    trainer.fault = error
             words = set(told)
             for trainer in going if team.rank == 0 else []:
                 words |= obey(trainer.out)
@@ -355,17 +370,17 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
                 trainer.save()
             if "stop" in words and behind:
                 raise StoppedError(behind[0].step, behind[0].config.steps)
-    for trainer in going:
-        if not trainer.fault:
-            try:
-                done[trainer.out] = trainer.finish()
-            except LossError as error:
-                if len(trainers) == 1:
-                    raise
-                trainer.fault = error
-    if all(trainer.fault for trainer in trainers):
-        raise TrainError("no run of the sweep came to its end", str(first.fault))
-    return [summary for summary in done.values() if summary is not None]
+
+
+@contextmanager
+def _left_out(trainer: Trainer, *, alone: bool) -> Iterator[None]:
+    """Numbers that are none any more end a run that is alone; one of several is left out."""
+    try:
+        yield
+    except LossError as error:
+        if alone:
+            raise
+        trainer.fault = error
 
 
 def _agreed(words: set[str], team: Team) -> set[str]:

@@ -23,6 +23,7 @@ from train.config import TrainConfig, write_run
 from train.distributed import join_team
 from train.errors import TrainError
 from train.inputs import open_rows
+from train.lock import only_trainer
 from train.metrics import append_metrics, read_metrics, tell
 from train.signals import StoppedError
 from train.sweep import member_name, parse_sweep, search_rate, sweep
@@ -162,6 +163,42 @@ def run_alone(rows: Path, out: Path) -> None:
     """What a process that is killed does."""
     torch.set_num_threads(1)
     train(rows, out, resume=True, threads=1)
+
+
+def test_a_second_trainer_in_the_folder_is_refused_and_a_killed_one_is_none(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("1 on another-machine\n")  # left behind
+    caught: list[TrainError] = []
+
+    def second(entry: dict[str, Any]) -> None:
+        if entry["step"] == 15:
+            before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+            with pytest.raises(TrainError, match=rf"process {os.getpid()} on .* trains in {tmp_path} already") as error:
+                train(rows, tmp_path, resume=True, threads=1)
+            caught.append(error.value)
+            assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+    summary = train(rows, tmp_path, small(), second, threads=1)
+    assert caught and "steer train stop" in str(caught[0].hint)
+    assert train(rows, tmp_path, resume=True) == summary and (tmp_path / "lock").read_text() == ""
+
+
+def test_a_file_system_without_locks_goes_by_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("train.lock.fcntl.flock", none)
+    file = tmp_path / "lock"
+    for holder in (f"{os.getppid()} on {socket.gethostname()}", f"1 on {socket.gethostname()}"):
+        file.write_text(holder)
+        with pytest.raises(TrainError, match=f"process {holder} trains"), only_trainer(tmp_path):
+            pass
+    process = PROCESSES.Process(target=int)
+    process.start()
+    process.join()
+    for holder in (f"{process.pid} on {socket.gethostname()}", "1 on elsewhere", "rubbish", ""):
+        file.write_text(holder)
+        with only_trainer(tmp_path):
+            assert file.read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_kill_9_at_random_moments_leaves_the_hashes_of_an_unbroken_run(tmp_path: Path) -> None:
