@@ -165,12 +165,10 @@ class BatchTopK(TopK):
         self.guess = GUESS * float(floor)
         return [chunk.where(chunk.pre_P >= floor) for chunk in chunks]
 
-    def follow(self, weights: Weights, smallest: Tensor) -> None:
+    def follow(self, weights: Weights, smallest: Tensor, memory: float) -> None:
         """Takes the smallest activation of a batch into the threshold; infinity: there was none."""
-        if not bool(smallest.isfinite()):
-            return
-        old = weights["threshold"]
-        old.copy_(torch.where(old > 0, MEMORY * old + (1 - MEMORY) * smallest, smallest))
+        if bool(smallest.isfinite()):
+            weights["threshold"].mul_(memory).add_((1 - memory) * smallest)
 
 
 class ReLU(TopK):

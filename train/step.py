@@ -30,7 +30,7 @@ from sae.kernels import Encoder
 from sae.losses import normalise_rows_, project_gradient_
 from train.distributed import ALONE, Team
 from train.gradient import Gradient, batch_gradient
-from train.objectives import BatchTopK, Objective, objective_of
+from train.objectives import MEMORY, BatchTopK, Objective, objective_of
 from train.recipe import Recipe
 from train.revival import restart, revival_factor
 from train.start import first_weights, screening_dtype
@@ -198,7 +198,7 @@ class SparseStep:
                 normalise_rows_(self.weights["W_dec"][rows])
             self.encoder.refresh(rows.start, rows.stop)
             for name in ("W_enc", "W_dec") if self.mean_weights else ():
-                self.mean_weights[name][rows].lerp_(self.weights[name][rows], 1 - self._memory)
+                self.mean_weights[name][rows].lerp_(self.weights[name][rows], 1 - self._memory(self.recipe.ema))
 
         def at_once(number: int) -> Tensor:
             grads = weigh(number)
@@ -266,13 +266,12 @@ class SparseStep:
             self._adam(small, lr, slice(None))
         for name, mean in self.mean_weights.items():
             if name not in ("W_enc", "W_dec"):
-                mean.lerp_(self.weights[name], 1 - self._memory)
+                mean.lerp_(self.weights[name], 1 - self._memory(self.recipe.ema))
 
-    @property
-    def _memory(self) -> float:
-        """Decay of the running mean, shorter in the first steps so that the start is soon forgotten."""
+    def _memory(self, decay: float) -> float:
+        """Decay of a running mean, shorter in the first steps so that the start is soon forgotten."""
         done = float(self.updates)
-        return min(self.recipe.ema, (1 + done) / (10 + done))
+        return min(decay, done / (9 + done))
 
     def _count(self, parts: list[Gradient], tokens: int) -> None:
         """Activity of the latents, batchtopk's threshold, and the coefficient that is steered to an L0."""
@@ -285,7 +284,7 @@ class SparseStep:
         if isinstance(self.objective, BatchTopK):
             on = [part.f_P[part.f_P > 0] for part in parts]
             smallest = torch.cat([*on, on[0].new_full((1,), math.inf)]).min()
-            self.objective.follow(self.weights, self.team.gather(smallest[None]).min())
+            self.objective.follow(self.weights, self.team.gather(smallest[None]).min(), self._memory(MEMORY))
         if self.recipe.l0_target:
             self._steer(sum(part.active for part in parts) / tokens)
 
