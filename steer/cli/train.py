@@ -22,7 +22,6 @@ from train.presets import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
-    from train.distributed import Team
     from train.reader import Source
 
 MOST_ROWS = 1_000_000
@@ -95,11 +94,13 @@ def run(
     json: Json = False,
 ) -> None:
     """Train an SAE. On a run: `steer train report RUN`, `steer train stop RUN`, `steer train checkpoint RUN`."""
+    from train.alarm import explained
     from train.config import parse_settings, read_run, read_settings, typed
-    from train.distributed import join_team
+    from train.distributed import ALONE, join_team
     from train.signals import StoppedError
     from train.sweep import parse_sweep
-    from train.trainer import check_folder
+    from train.sweep import sweep as run_sweep
+    from train.trainer import check_folder, train
 
     given = {"arch": arch, "latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
     given |= {"checkpoint_every": checkpoint_every}
@@ -125,25 +126,18 @@ def run(
     if dry_run:
         _show_cost(rows, chosen, settings, device, price_per_hour, json)
         return
-    team = join_team(shard, device=device)
+    team = ALONE
     try:
-        bars = Bars(out, chosen, wandb=wandb, tensorboard=tensorboard, shown=team.rank == 0)
-        threads = _threads(settings)
-        with bars:
-            if rates is not None and not stored:
-                chosen = replace(chosen, lr=_searched(rows, out, chosen, rates, bars, threads, team, device))
-            if members:
-                from train.sweep import sweep as run_sweep
-
-                found = run_sweep(
-                    rows, out, chosen, members, bars.of, resume=resume, threads=threads, team=team, device=device
-                )
-            else:
-                from train.trainer import train
-
-                summary = asdict(
-                    train(rows, out, chosen, bars.of(""), resume=resume, threads=threads, team=team, device=device)
-                )
+        with explained():
+            team = join_team(shard, device=device)
+            options: dict[str, Any] = {"threads": _threads(settings), "team": team, "device": device}
+            with Bars(out, wandb=wandb, tensorboard=tensorboard, shown=team.rank == 0) as bars:
+                if rates is not None and not stored:
+                    chosen = replace(chosen, lr=_searched(rows, out, chosen, rates, bars, options))
+                if members:
+                    found = run_sweep(rows, out, chosen, members, bars.of, resume=resume, **options)
+                else:
+                    summary = asdict(train(rows, out, chosen, bars.of(""), resume=resume, **options))
         if members:
             _show_sweep(found, json)
         elif json:
@@ -252,13 +246,13 @@ def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stre
 
 
 def _searched(
-    rows: Source, out: Path, config: TrainConfig, rates: list[float], bars: Bars, threads: int, team: Team, device: str
+    rows: Source, out: Path, config: TrainConfig, rates: list[float], bars: Bars, options: dict[str, Any]
 ) -> float:
     """The learning rate that the short runs found best; their table goes to stderr."""
     from train.sweep import search_rate
     from train.trainer import TrainSummary
 
-    best, table = search_rate(rows, out / "lr-sweep", config, rates, bars.of, threads=threads, team=team, device=device)
+    best, table = search_rate(rows, out / "lr-sweep", config, rates, bars.of, **options)
     narrate("learning rate        FVU")
     for rate, found in table.items():
         told = f"{found.fvu:10.4f}" if isinstance(found, TrainSummary) else f"  {found}"

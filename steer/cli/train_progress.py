@@ -18,7 +18,7 @@ from steer.events import clean
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from train.config import TrainConfig
+    from train.sinks import Sinks
 
 LINE_EVERY = 100
 """Steps between two lines where there is no terminal."""
@@ -27,10 +27,8 @@ LINE_EVERY = 100
 class Bars:
     """A bar for each run; use as a context manager. `of` gives a run what to call with the entries of its metrics."""
 
-    def __init__(
-        self, out: Path, config: TrainConfig, *, wandb: str | None = None, tensorboard: bool = False, shown: bool = True
-    ):
-        self._out, self._config, self._wandb, self._board = out, config, wandb, tensorboard
+    def __init__(self, out: Path, *, wandb: str | None = None, tensorboard: bool = False, shown: bool = True):
+        self._out, self._wandb, self._board = out, wandb, tensorboard
         self._shown, self._stack = shown, ExitStack()
         self._progress: Progress | None = None
 
@@ -56,18 +54,15 @@ class Bars:
         """What takes the entries of the run in the folder `name`, "" for the only one; None where nobody listens."""
         if not self._shown:
             return None
-        sinks = None
-        if self._wandb or self._board:
-            from train.sinks import Sinks
-
-            opened = Sinks(self._out / name, self._config, wandb=self._wandb, tensorboard=self._board)
-            sinks = self._stack.enter_context(opened)
+        sinks: Sinks | None = None
         bars, task, last = self._progress, None, -1
         if bars is not None:
             task = bars.add_task(clean(name or self._out.name), total=None, told="")
 
         def take(entry: dict[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, sinks
+            if sinks is None and (self._wandb or self._board):
+                sinks = self._sinks(self._out / name)
             if sinks is not None:
                 sinks.write(entry)
             step, steps = entry["step"], entry["steps"]
@@ -80,3 +75,11 @@ class Bars:
                 narrate(f"{name + ': ' if name else ''}step {step:,} of {steps:,}: {told}")
 
         return take
+
+    def _sinks(self, run: Path) -> Sinks:
+        """Those of one run, opened at its first entry: its config is written by then, with nothing left open."""
+        from train.config import read_run
+        from train.sinks import Sinks
+
+        opened = Sinks(run, read_run(run)[0], wandb=self._wandb, tensorboard=self._board)
+        return self._stack.enter_context(opened)

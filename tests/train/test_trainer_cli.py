@@ -163,6 +163,10 @@ def test_metrics_go_to_the_boards_that_were_asked_for(
     wandb = pytest.importorskip("wandb")
     asked: dict[str, Any] = {}
     monkeypatch.setattr(wandb, "init", lambda **given: (asked.update(given), Run())[1])
+    steer("rows", "--out", "members", *SMALL, "--wandb", "project", "--sweep", "k=2,4")
+    assert asked["config"]["k"] == 4 and asked["name"] == "k-4", "each member with what is its own"
+    assert asked["config"]["lr"] == read_run(folder / "members" / "k-4")[0].lr > 0
+    logged.clear()
     steer("rows", "--out", "boards", *SMALL, "--wandb", "project", "--tensorboard")
     assert asked["project"] == "project" and asked["resume"] == "allow" and asked["config"]["k"] == 3
     assert [entry.get("step") for entry in logged] == [10, 20, None] and logged[-1] == {"exit": 0}
