@@ -75,7 +75,9 @@ def capture(
     language: Language = "en",
     keep_special: KeepSpecial = False,
     shard_mb: Annotated[int, typer.Option(help="Size of a shard.", metavar="MB")] = 32,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens the model reads at once.", metavar="N")] = 8192,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens the model reads at once; 2048 suit a CPU.", metavar="N")
+    ] = 8192,
     dry_run: DryRun = False,
     price_per_hour: Price = None,
     json: Json = False,
@@ -90,8 +92,7 @@ def capture(
     for name, number in {"shard-mb": shard_mb, "batch-tokens": batch_tokens, "max-tokens": max_tokens}.items():
         if number < 1:
             raise SteerError(f"--{name} is {number}", "give at least 1")
-    if price_per_hour is not None and not dry_run:
-        raise SteerError("--price-per-hour is for --dry-run alone", "add --dry-run")
+    check_price(price_per_hour, dry_run)
     check_files(files)
     engine = load_whole(settings)
     if dry_run:
@@ -214,6 +215,14 @@ def check_files(files: list[Path]) -> None:
     for file in files:
         if not str(file).startswith("hf:") and not file.exists():
             raise SteerError(f"there is no file `{file}`")
+
+
+def check_price(price_per_hour: float | None, dry_run: bool) -> None:
+    """`SteerError` for a price that nothing would be told about, or that is none."""
+    if price_per_hour is not None and not dry_run:
+        raise SteerError("--price-per-hour is for --dry-run alone", "add --dry-run")
+    if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
+        raise SteerError(f"--price-per-hour is {price_per_hour:g}", "give 0 or more")
 
 
 def hashes(model: Path) -> dict[str, str]:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save, save_file
 from llama_3.model import Transformer
 from llama_3.quantize import quantize_model
 from tests.tiny import byte_tokenizer, tiny_model
-from train.capture import Job, Progress, capture, capture_cost, fewest_tokens
+from train.capture import Job, Progress, batches, capture, capture_cost, fewest_tokens
 from train.cost import Cost, duration, estimate, readable, trial
 from train.errors import TrainError
 from train.shards import Background, check_shards, read_manifest, shard_fault, write_json
-from train.text import TextPlan
+from train.text import Row, TextPlan
 
 HOOK = "blocks.0.hook_resid_post"
 SIZES = {"plan": TextPlan(context=40), "batch_tokens": 100, "shard_bytes": 64 * 150}
@@ -143,6 +143,17 @@ def test_a_shard_of_other_rows_than_its_entry_says_is_found(text: Path, tmp_path
     assert contents(tmp_path / "a") == before
 
 
+def test_a_last_shard_that_was_cut_at_the_limit_is_made_again_as_short(text: Path, tmp_path: Path) -> None:
+    def limited() -> dict[str, bytes]:
+        capture(tiny_model(), byte_tokenizer(), [text], tmp_path / "a", [HOOK], 400, **SIZES)  # type: ignore[arg-type]
+        return contents(tmp_path / "a")
+
+    before, shards = limited(), read_manifest(tmp_path / "a")["shards"]
+    assert sum(shard["rows"] for shard in shards) == 400 and shards[-1]["rows"] < shards[0]["rows"]
+    (tmp_path / "a" / shards[-1]["name"]).write_bytes(b"")
+    assert limited() == before
+
+
 def test_a_resumed_capture_with_damage_makes_both_what_is_damaged_and_what_is_missing(
     text: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +208,20 @@ def test_packed_contexts_tell_the_document_of_every_row(text: Path, tmp_path: Pa
     for number, document in enumerate(f"{n} cats sat " * n for n in range(1, 16)):
         found = b"".join(bytes(s["tokens"][s["documents"] == number].tolist()) for s in shards)
         assert set(found) <= set(document.strip().encode()) and (len(found) > 5 or number < 2)
+
+
+def test_batches_are_alike_in_length_and_their_order_never_changes() -> None:
+    rows = [Row(number, 0, [1] * length) for number, length in enumerate((9, 2, 7, 3, 8, 2, 9, 4, 6, 5))]
+    cut = list(batches(iter(rows), [], 20))
+    # Written down: folders on disk are gone on with in this order.
+    assert [batch.documents_B.tolist() for batch in cut] == [[2, 4], [1, 5, 3, 7], [9, 8], [0, 6]]
+    assert [batch.lengths for batch in cut] == [[7, 8], [2, 2, 3, 4], [5, 6], [9, 9]]
+
+
+def test_a_document_begins_at_its_first_token() -> None:
+    (batch,) = batches(iter([Row(3, 0, [5] * 6, later=((2, 4), (5, 7))), Row(8, 0, [5] * 6)]), [], 20)
+    kept_NT = torch.ones(2, 6).nonzero()
+    assert batch.documents_at(kept_NT).tolist() == [3, 3, 4, 4, 4, 7] + [8] * 6
 
 
 def test_what_is_not_finite_is_refused_and_named(text: Path, tmp_path: Path) -> None:

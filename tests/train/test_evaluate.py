@@ -199,6 +199,14 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 86 <= inside <= 100
 
 
+def test_an_interval_is_as_wide_as_95_percent_ask_for() -> None:
+    x_N = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    sums = DocumentSums()
+    sums.add(torch.arange(400), x=x_N, n=torch.ones(400))
+    (found,) = sums.metrics({"mean": lambda sums: sums["x"] / sums["n"]}, 0)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * float(x_N.std()) / 20, rel=0.08)
+
+
 def test_resamples_are_drawn_by_the_seed_and_one_document_has_no_interval() -> None:
     formulas = {"mean": lambda sums: sums["x"] / sums["n"]}
     sums = DocumentSums()
