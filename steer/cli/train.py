@@ -13,7 +13,17 @@ import typer
 from typer.core import TyperGroup
 
 from llama_3.ranks import world
-from steer.cli.capture import DryRun, Price, capture_files, check_files, hashes, hooks_of, load_whole, sources
+from steer.cli.capture import (
+    DryRun,
+    Price,
+    capture_files,
+    check_files,
+    check_price,
+    hashes,
+    hooks_of,
+    load_whole,
+    sources,
+)
 from steer.cli.options import Json, app, command, narrate, put
 from steer.cli.train_progress import Bars
 from steer.config import DEMO_MODEL, Settings
@@ -102,6 +112,7 @@ def run(
     from train.sweep import sweep as run_sweep
     from train.trainer import check_folder, train
 
+    check_price(price_per_hour, dry_run)
     given = {"arch": arch, "latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
     given |= {"checkpoint_every": checkpoint_every}
     values: dict[str, Any] = read_settings(config) if config else {}

@@ -178,6 +178,8 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["capture", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
         (["capture", "--out", "x"], 2, "Missing argument"),
         (["capture", "nowhere.txt", "--out", "x", "--price-per-hour", "2"], 1, "--price-per-hour is for --dry-run"),
+        (["capture", "nowhere.txt", "--out", "x", "--dry-run", "--price-per-hour", "-2"], 1, "--price-per-hour is -2"),
+        (["train", "nowhere", "--out", "x", "--price-per-hour", "2"], 1, "--price-per-hour is for --dry-run"),
         (["train", "nowhere", "--out", "x"], 1, "no file `nowhere`"),
         (["label", "local", "nowhere.db"], 1, "no file `nowhere.db`"),
         (["label", "collect", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
