@@ -45,7 +45,8 @@ class TrainConfig(Recipe):
     batch: int = 1024
     """tokens in one step"""
     accumulate: int = 1
-    """parts in which a step is computed: the same gradient in less memory (batchtopk chooses within each part)"""
+    """parts in which a step's gradient is computed; it is the same, and its parts are kept until the weights move, so
+    that only what it takes to make a part is less (batchtopk chooses within each part)"""
     lr: float = 0.0
     """peak learning rate; by default `default_rate`"""
     lr_boost: float = 10.0

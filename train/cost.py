@@ -6,7 +6,7 @@ on the first of the real data, so that nothing is assumed about the machine.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,15 @@ def estimate(
     hours = tokens / rate / 3600
     money = None if price_per_hour is None else hours * price_per_hour
     return Cost(tokens, rate, disk_bytes, memory_bytes, hours, money)
+
+
+def added(costs: Sequence[Cost], tokens: int) -> Cost:
+    """What one after the other takes, as of one piece of work on `tokens` tokens."""
+    hours = sum(cost.hours for cost in costs)
+    money = None if any(cost.money is None for cost in costs) else sum(cost.money or 0.0 for cost in costs)
+    memory = max(cost.memory_bytes for cost in costs)
+    disk = sum(cost.disk_bytes for cost in costs)
+    return Cost(tokens, tokens / (3600 * hours), disk, memory, hours, money)
 
 
 def trial(work: Callable[[], int], seconds: float = TRIAL_SECONDS) -> tuple[float, int]:

@@ -83,6 +83,11 @@ def sweep(
     return {name: trainer.fault or next(summaries) for name, trainer in zip(names, trainers, strict=True)}
 
 
+def short_tokens(whole: TrainConfig) -> int:
+    """Length of a run of the search for the rate of a run."""
+    return min(whole.tokens, max(SHORT_STEPS * whole.batch, round(SHORT_SHARE * whole.tokens)))
+
+
 def search_rate(
     source: Source,
     out: Path,
@@ -98,7 +103,7 @@ def search_rate(
     Goes on with a search that was stopped.
     """
     whole = config.resolve(source.d_in, source.rows)
-    tokens = min(whole.tokens, max(SHORT_STEPS * whole.batch, round(SHORT_SHARE * whole.tokens)))
+    tokens = short_tokens(whole)
     short = replace(config, tokens=tokens, epochs=0, early_stop=0, stats_rows=min(config.stats_rows, SHORT_STATS))
     base = default_rate(whole.latents, tokens, config.lr_boost)
     tried = list(rates) or [factor * base for factor in FACTORS]

@@ -108,7 +108,7 @@ def run(
     from train.config import parse_settings, read_run, read_settings, typed
     from train.distributed import ALONE, join_team
     from train.signals import StoppedError
-    from train.sweep import parse_sweep
+    from train.sweep import FACTORS, parse_sweep
     from train.sweep import sweep as run_sweep
     from train.trainer import check_folder, train
 
@@ -133,10 +133,11 @@ def run(
     if stored and rates is not None:
         chosen = replace(chosen, lr=stored.lr)  # it was found when the run began
     device = _device(settings)
-    rows = _rows(source, out, chosen, settings, stream, dry_run)
     if dry_run:
-        _show_cost(rows, chosen, settings, device, price_per_hour, json)
+        tried = 0 if rates is None or stored else len(rates) or len(FACTORS)
+        _show_cost(source, stream, chosen, members, tried, settings, device, price_per_hour, json)
         return
+    rows = _rows(source, out, chosen, settings, stream)
     team = ALONE
     try:
         with explained():
@@ -235,7 +236,7 @@ def _threads(settings: Settings) -> int:
     return settings.threads or torch.get_num_threads()
 
 
-def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool, dry_run: bool) -> Source:
+def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stream: bool) -> Source:
     """The rows to train on; those of a text are captured first, or as they are needed."""
     from train.inputs import open_rows
 
@@ -244,15 +245,7 @@ def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stre
     check_files([source])
     if stream:
         return _streamed(source, config, settings)
-    if dry_run:
-        raise SteerError(
-            f"{source} is a text: its activations must be there for a trial",
-            "`steer capture --dry-run` says what they cost; --stream needs none",
-        )
-    asked = (
-        MOST_ROWS if config.epochs else config.tokens or MOST_ROWS
-    )  # a run that goes on asks for the rows it began with
-    capture_files(load_whole(settings), settings, [source], out / "activations", None, min(MOST_ROWS, asked))
+    capture_files(load_whole(settings), settings, [source], out / "activations", None, _asked(config))
     return open_rows(out / "activations", config)
 
 
@@ -289,19 +282,50 @@ def _show_sweep(found: dict[str, Any], json: bool) -> None:
             print(f"{name:{width}}  {summary}")
 
 
+def _asked(config: TrainConfig) -> int:
+    """Rows of a text that are captured; a run that goes on asks for those it began with."""
+    return min(MOST_ROWS, MOST_ROWS if config.epochs else config.tokens or MOST_ROWS)
+
+
 def _show_cost(
-    rows: Source, config: TrainConfig, settings: Settings, device: str, price: float | None, json: bool
+    source: Path,
+    stream: bool,
+    config: TrainConfig,
+    members: list[dict[str, Any]],
+    tried: int,
+    settings: Settings,
+    device: str,
+    price: float | None,
+    json: bool,
 ) -> None:
-    """What the run would cost, from some steps that leave nothing behind."""
+    """What it would cost, the capture of a text included, from some steps that leave nothing behind."""
     if world() > 1:
         raise SteerError("a trial is for one process", "run it without torchrun, on one of the machines")
-    from train.trial import training_cost
+    from train.capture import Job
+    from train.cost import added
+    from train.inputs import open_rows
+    from train.text import TextPlan
+    from train.trial import runs_cost, text_cost
 
-    cost = training_cost(rows, config, threads=_threads(settings), device=device, price_per_hour=price)
-    if json:
-        put(asdict(cost))
+    options: dict[str, Any] = {"threads": _threads(settings), "device": device, "price_per_hour": price}
+    parts = {}
+    if source.is_dir() and not stream:
+        cost = runs_cost(open_rows(source, config), config, members, tried, **options)
+    elif stream:
+        check_files([source])
+        cost = runs_cost(_streamed(source, config, settings), config, members, tried, **options)
     else:
-        print("\n".join(cost.lines()))
+        check_files([source])
+        engine = load_whole(settings)
+        job = Job(engine.model, engine.tokenizer, sources([source]), TextPlan(), engine.chat_format)
+        both = text_cost(job, hooks_of(engine, None)[0], _asked(config), config, members, tried, **options)
+        parts, cost = dict(zip(("capture", "train"), both, strict=True)), added(both, both[1].tokens)
+    if json:
+        put(asdict(cost) | {name: asdict(part) for name, part in parts.items()})
+        return
+    for name, part in parts.items():
+        print("\n".join([f"{name}:", *(f"  {line}" for line in part.lines())]))
+    print("\n".join(["both:", *(f"  {line}" for line in cost.lines())] if parts else cost.lines()))
 
 
 def _streamed(source: Path, config: TrainConfig, settings: Settings) -> Source:

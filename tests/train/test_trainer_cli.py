@@ -11,7 +11,8 @@ from sae.checkpoint import load_sae
 from steer.cli import main
 from tests.tiny import write_tiny_checkpoint
 from tests.train.known_rows import write_rows
-from train.config import read_run
+from train.config import TrainConfig, read_run
+from train.cost import Cost
 from train.metrics import read_metrics
 
 SMALL = ("--latents", "64", "--k", "3", "--tokens", "2560", "--batch", "128", "--threads", "1", "--device", "cpu")
@@ -109,7 +110,48 @@ def test_a_trial_says_what_it_takes_and_writes_nothing(
     lines = steer("rows", "--out", "never", *SMALL, "--dry-run", "--price-per-hour", "2").splitlines()
     assert [line.split()[0] for line in lines] == ["tokens", "disk", "memory", "time", "money"]
     assert not (folder / "never").exists()
-    assert "its activations must be there for a trial" in steer("text.txt", "--out", "never", "--dry-run", code=1)
+
+
+def test_a_trial_of_a_sweep_and_a_search_adds_up_their_runs(
+    steer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def cost(source: Any, config: TrainConfig, **options: Any) -> Cost:
+        asked.append(config.k)
+        return Cost(1000, 100.0, 10 * config.k, 7, 2.0, 4.0)
+
+    monkeypatch.setattr("train.trial.training_cost", cost)
+    ask = ("rows", "--out", "never", *SMALL, "--dry-run", "--price-per-hour", "2", "--json")
+    told = json.loads(steer(*ask, "--sweep", "k=2,4"))
+    assert asked == [2, 4] and (told["hours"], told["money"], told["disk_bytes"], told["memory_bytes"]) == (
+        4,
+        8,
+        60,
+        14,
+    )
+    monkeypatch.setattr("train.sweep.SHORT_STEPS", 5)
+    told = json.loads(steer(*ask, "--lr-sweep", "1e-3,2e-3"))
+    assert told["hours"] == pytest.approx(2 * (1 + 2 * 640 / 1000)) and told["money"] == pytest.approx(
+        2 * told["hours"]
+    )
+
+
+def test_a_trial_of_a_text_is_that_of_capture_and_training(
+    steer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.trial.TRIAL_SECONDS", 0.2)
+    monkeypatch.setattr("train.trial.TRIAL_ROWS", 300)
+    small = ("--latents", "64", "--batch", "128", "--threads", "1", "--device", "cpu", "--set", "epochs=3")
+    ask = ("text.txt", "--out", "never", *small, "--model", "model", "--dry-run", "--price-per-hour", "2")
+    lines = steer(*ask).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == ["capture:", "train:", "both:"] and len(lines) == 18
+    told = json.loads(steer(*ask, "--json"))
+    capture, training = told["capture"], told["train"]
+    assert training["tokens"] == 3 * capture["tokens"] == told["tokens"] > 300
+    for name in ("hours", "money", "disk_bytes"):
+        assert told[name] == pytest.approx(capture[name] + training[name]) and capture[name] > 0
+    assert not (folder / "never").exists()
 
 
 def test_a_text_is_streamed_with_no_activations_on_disk(steer: Any, folder: Path) -> None:
