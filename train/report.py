@@ -1,4 +1,4 @@
-"""`report`: a run as PNG files and one HTML file that needs nothing beside it.
+"""`report`: a run as PNG files and one HTML file that needs nothing beside it; a sweep as such for each of its runs.
 
 It reads what the trainer left (`config.toml`, `metrics.jsonl`, `activity/`, the SAE or the newest checkpoint), at any
 moment of a run and whatever is missing: a picture without data is left out, and the page says why. Text out of these
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -75,12 +76,15 @@ class _Page:
 
 
 def report(run: Path, out: Path | None = None) -> Path:
-    """Draws the run in `run` into `out` (default `RUN/report`): PNG files and `report.html`, whose path comes back.
+    """Draws the run in `run` into `out` (default `RUN/report`): PNG files and `report.html`, whose path comes back. In
+    the folder of a sweep it draws each run into a folder of its own, and a page that compares them.
 
     Raises `TrainError` if there is no run, it has no step in its metrics yet, or matplotlib is not installed.
     """
     run = Path(run)
     out = Path(out) if out else run / "report"
+    if not (run / "config.toml").is_file() and (members := sorted(run.glob("*/config.toml"))):
+        return _report_sweep(run, [file.parent for file in members], out)
     config = _config(run)
     entries = [entry for entry in read_metrics(run / "metrics.jsonl") if number(entry.get("step")) is not None]
     if not entries:
@@ -104,6 +108,35 @@ def report(run: Path, out: Path | None = None) -> Path:
     for name, _, image in page.pictures:
         _write(out / f"{name}.png", image)
     _write(out / "report.html", _html(run, page, config).encode())
+    return out / "report.html"
+
+
+def _report_sweep(run: Path, members: list[Path], out: Path) -> Path:
+    """The page of a sweep: a line for each run with its newest figures, best held-out (else training) FVU first."""
+    rows: list[tuple[float, str]] = []
+    notes: list[str] = []
+    fault: TrainError | None = None
+    for member in members:
+        try:
+            report(member, out / member.name)
+        except TrainError as error:
+            fault = error
+            notes.append(f"<p>{html.escape(f'{member.name}: {error}')}</p>")
+            continue
+        entries = list(read_metrics(member / "metrics.jsonl"))
+        values = {key: series(entries, key)[1] for key in ("step", "held_out_fvu", "fvu", "l0", "dead", "loss")}
+        last = {key: float(found[-1]) for key, found in values.items() if len(found)}
+        name = html.escape(member.name)
+        cells = [f'<a href="{quote(member.name)}/report.html">{name}</a>']
+        cells += [f"{last[key]:,.{0 if key == 'step' else 4}f}" if key in last else "" for key in values]
+        line = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append((last.get("held_out_fvu", last.get("fvu", np.inf)), f"<tr>{line}</tr>"))
+    if fault and not rows:
+        raise fault
+    heads = ("run", "step", "held-out FVU", "FVU", "L0", "dead", "loss")
+    lines = [f"<tr>{''.join(f'<td>{head}</td>' for head in heads)}</tr>", *(line for _, line in sorted(rows))]
+    page = PAGE.format(title=html.escape(f"Sweep {run.name}"), facts="\n".join(lines), body="\n".join(notes), config="")
+    _write(out / "report.html", page.replace("<h2>Config</h2>\n<table></table>\n", "").encode())
     return out / "report.html"
 
 

@@ -205,7 +205,9 @@ def _config(stored: TrainConfig | None, preset: str | None, values: dict[str, An
     from train.config import TrainConfig
 
     if stored and preset is None:
-        return replace(stored, **values)
+        other = values.get("tokens") not in (None, 0, stored.tokens) and "epochs" not in values
+        length = {"epochs": 0} if other else {}  # or epochs would decide, and nobody would hear of it
+        return replace(stored, **(length | values))
     return TrainConfig.of(preset or "default", **values)
 
 

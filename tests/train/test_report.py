@@ -256,3 +256,25 @@ def test_a_series_holds_what_is_a_number() -> None:
 @pytest.mark.parametrize(("edges", "drawn"), [([-4, -2, 0], True), ([0, 1e-3, 1], True), ([0, 1], False), ([], False)])
 def test_a_histogram_of_density_is_drawn_if_it_is_one(edges: list[float], drawn: bool) -> None:
     assert (draw_density(edges, [1, 2]) is not None) == drawn
+
+
+def test_the_page_of_a_sweep_compares_its_runs_best_first(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, fvu in (("k-2", 0.4), ("k-4", 0.2), ("k-<8>", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("k = 2\n")
+        if fvu is not None:
+            entry = {"step": 1500, "tokens": 96_000, "loss": 1.0, "fvu": 0.1, "held_out_fvu": fvu}
+            (tmp_path / name / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    page = report(tmp_path, tmp_path / "out").read_text()
+    found = re.findall(r'<td><a href="([^"]+)">([^<]+)</a></td><td>([^<]*)</td><td>([^<]*)</td>', page)
+    assert found == [
+        ("k-4/report.html", "k-4", "1,500", "0.2000"),
+        ("k-2/report.html", "k-2", "1,500", "0.4000"),
+    ]
+    assert all((tmp_path / "out" / link).is_file() for link, *_ in found)
+    assert "k-&lt;8&gt;: the run in" in page and "k-<8>" not in page
+    for name in ("k-2", "k-4"):
+        (tmp_path / name / "metrics.jsonl").unlink()
+    with pytest.raises(TrainError, match="has no step in its metrics"):
+        report(tmp_path, tmp_path / "out")

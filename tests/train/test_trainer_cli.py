@@ -96,6 +96,13 @@ def test_a_sweep_is_a_table_and_needs_its_values_to_go_on(steer: Any, folder: Pa
     )
 
 
+def test_a_length_that_is_not_that_of_the_run_is_refused(steer: Any) -> None:
+    small = ("--latents", "64", "--k", "3", "--batch", "500", "--threads", "1", "--device", "cpu")
+    told = steer("rows", "--out", "passes", *small, "--set", "epochs=2")
+    assert steer("rows", "--out", "passes", "--resume", "--tokens", "3000") == told
+    assert "has tokens = 3000, not 500" in steer("rows", "--out", "passes", "--resume", "--tokens", "500", code=1)
+
+
 def test_a_search_finds_a_rate_and_a_resumed_run_keeps_it(steer: Any, folder: Path) -> None:
     found = ("--lr-sweep", "1e-5,3e-3", "--set", "held_out=0.2", "--json")
     told = steer("rows", "--out", "searched", *SMALL, *found)
