@@ -254,7 +254,7 @@ def capture(
             for damage in writer.damaged:
                 if on_notice:
                     on_notice(f"{damage}: it is made again")
-        disk = _check_room(Path(out), writers, files, ranks)
+        disk = _check_room(Path(out), writers, job)
         if on_notice and not all(writer.done for writer in writers):
             on_notice(disk)
         if not all(writer.done for writer in writers):
@@ -356,10 +356,11 @@ def capture_cost(
     )
 
 
-def _check_room(out: Path, writers: list[ShardWriter], files: Sequence[Path | str], ranks: int) -> str:
+def _check_room(out: Path, writers: list[ShardWriter], job: Job) -> str:
     """What will be written at most, in a sentence. `TrainError` where the disk clearly cannot hold what is missing."""
-    text = fewest_tokens(files)
-    needed = most = 0
+    text, ranks, needed, most = fewest_tokens(job.files), job.ranks, 0, 0
+    if text and (job.plan.dedupe or job.plan.part == "held-out" or job.plan.long == "drop"):
+        text = 0  # nobody knows how much of it is left out
     for writer in writers:
         rows = writer.missing if text is None else min(writer.missing, max(0, text // ranks - writer.rows))
         needed += rows * row_bytes(int(writer.manifest["d_in"]))

@@ -249,6 +249,7 @@ def test_a_disk_that_clearly_does_not_suffice_is_refused_before_anything_runs(
         run(text, tmp_path / "a")
     assert "--max-tokens" in str(raised.value.hint)
     assert not list((tmp_path / "a").glob("*.safetensors"))
+    run(text, tmp_path / "b", plan=TextPlan(context=40, dedupe=True))  # which may be a single document
     fewest = fewest_tokens([text])
     assert fewest is not None and 0 < fewest < text.stat().st_size and fewest_tokens(["hf:some/where"]) is None
 
