@@ -97,7 +97,12 @@ def figures_of(run: Path, config: TrainConfig, activations: Path, args: argparse
     model, sae = load_model(args.model, dtype=torch.float32), load_sae(run / "sae")
     tokenizer = load_tokenizer(args.model)
     found = evaluate(model, sae, tokenizer, args.text, args.text_tokens)
-    figures = {"train_fvu": summary.fvu, "train_l0": summary.l0, "train_dead": summary.dead, "rate": statistics.median(rates)}
+    figures = {
+        "train_fvu": summary.fvu,
+        "train_l0": summary.l0,
+        "train_dead": summary.dead,
+        "rate": statistics.median(rates),
+    }
     figures |= {name: found[name] for name in ("fvu", "l0", "dead", "delta_ce", "ce_clean", "loss_recovered_zero")}
     file.write_text(json.dumps(figures))
     return figures
