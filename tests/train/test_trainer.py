@@ -120,6 +120,15 @@ def test_a_step_in_parts_is_the_step(rows: Path, tmp_path: Path, arch: Any) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_dead_latents_are_resampled_each_time_so_many_tokens_are_done(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("train.step.SparseStep.resample", lambda step, x_BD, seed: asked.append(int(step.updates)) or 0)
+    train(rows, tmp_path, small(revival="resample", resample_every=700), threads=1)
+    assert asked == [-(-700 * n // 128) for n in range(1, 8)]
+
+
 def test_epochs_read_every_row_as_often(rows: Path, tmp_path: Path) -> None:
     trainer = Trainer(rows, tmp_path, small(epochs=2, tokens=0, batch=1000))
     assert trainer.config.tokens == 8000 and trainer.config.steps == 8

@@ -68,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "steered": {"arch": "relu", "l0_target": 4.0, "sparsity_warmup": 0.5},
     "jumprelu": {"arch": "jumprelu", "scale": "none", "center": "median"},
     "resampled": {"revival": "resample", "dead_after": 300, "resample_every": 700, "k": 1},
+    "between entries": {"checkpoint_every": 9, "evaluate_every": 12},
     "patient": {"held_out": 0.2, "early_stop": 3, "log_every": 7},
 }
 
