@@ -110,11 +110,15 @@ class TokensByLatent:
         marks = torch.arange(0, d_sae + size, size, device=self._starts.device)
         return [int(edge) for edge in self._starts[marks.clamp_(max=d_sae)].tolist()]
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Where the sorted pairs of the latents from `first` up to `last` begin and end."""
+        return int(self._starts[first]), int(self._starts[last])
+
     def add_product(
         self, sorted_P: Tensor, dense_ND: Tensor, first: int, out_RD: Tensor, low: int, high: int, column_P: Tensor
     ) -> None:
         """Adds rows `first`.. of `A^T dense` to `out_RD`, A holding `sorted_P` in the columns `column_P`, the row of
-        `dense` of each sorted pair, int32; low and high from `edges`."""
+        `dense` of each sorted pair, int32; low and high from `edges` or `span`."""
         if fast := triton_kernels(out_RD):
             fast.add_product(self._starts, sorted_P, dense_ND, first, out_RD, column_P)
             return

@@ -20,14 +20,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae.kernels import topk_indices
+from sae.kernels import Encoder, TokensByLatent, decode_sparse, gather_dot
 from train.distributed import Team
 from train.recipe import Recipe
 
 Chunks = Callable[[Callable[[slice], object], int], list[object]]
 """Runs a function on each chunk of so many tokens."""
+FEW = 4
+"""Dead latents over k_aux up to which AuxK's weight gradients are dense products."""
 RESTART = 0.2
 """Length of a resampled encoder row, as a share of the mean length of live ones."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Activations and gradients of all dead latents at all tokens, (B, M): right for a few latents."""
+
+    acts_BM: Tensor
+    d_pre_BM: Tensor
+
+    def bias(self) -> Tensor:
+        """Gradient by the encoder's bias, (M,)."""
+        return self.d_pre_BM.sum(0)
+
+    def products(self, begin: int, end: int, input_BD: Tensor, miss_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of encoder and decoder for the dead latents `begin` to `end`."""
+        return self.d_pre_BM[:, begin:end].t() @ input_BD, self.acts_BM[:, begin:end].t() @ miss_BD
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The same for the kept latents of each token alone, as pairs sorted by latent."""
+
+    by_latent: TokensByLatent
+    acts_P: Tensor
+    d_pre_P: Tensor
+    dead: int
+
+    def bias(self) -> Tensor:
+        """Gradient by the encoder's bias, (M,)."""
+        return self.d_pre_P.new_zeros(self.dead).index_add_(0, self.by_latent.latent_P.long(), self.d_pre_P)
+
+    def products(self, begin: int, end: int, input_BD: Tensor, miss_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of encoder and decoder for the dead latents `begin` to `end`."""
+        enc_RD, dec_RD = input_BD.new_zeros(2, end - begin, input_BD.shape[1])
+        pairs = self.by_latent
+        low, high = pairs.span(begin, end)
+        pairs.add_product(self.d_pre_P, input_BD, begin, enc_RD, low, high, pairs.token_P)
+        pairs.add_product(self.acts_P, miss_BD, begin, dec_RD, low, high, pairs.token_P)
+        return enc_RD, dec_RD
 
 
 @dataclass(frozen=True)
@@ -35,8 +76,7 @@ class Revival:
     """What dead latents did on a batch; gradients are for the loss over 2 (tokens are summed), before `factor`."""
 
     dead_M: Tensor
-    acts_BM: Tensor
-    d_pre_BM: Tensor
+    found: Dense | Kept
     miss_BD: Tensor
     """gradient by the reconstruction of what the live latents missed"""
     missed: Tensor
@@ -48,9 +88,10 @@ class Revival:
         """Adds the gradients of both matrices for the latents from `first` on."""
         bounds = torch.tensor([first, first + len(enc_RD)], device=self.dead_M.device)
         begin, end = torch.searchsorted(self.dead_M, bounds).tolist()
-        rows = self.dead_M[begin:end] - first
-        enc_RD.index_add_(0, rows, self.d_pre_BM[:, begin:end].t() @ input_BD, alpha=factor)
-        dec_RD.index_add_(0, rows, self.acts_BM[:, begin:end].t() @ self.miss_BD, alpha=factor)
+        if begin < end:
+            enc_MD, dec_MD = self.found.products(begin, end, input_BD, self.miss_BD)
+            enc_RD.index_add_(0, self.dead_M[begin:end] - first, enc_MD, alpha=factor)
+            dec_RD.index_add_(0, self.dead_M[begin:end] - first, dec_MD, alpha=factor)
 
 
 def revive(
@@ -68,46 +109,92 @@ def revive(
     wanted = recipe.revival == "ghost" or (recipe.revival == "auxk" and recipe.aux_coefficient > 0)
     if not wanted or dead == 0 or dead < recipe.aux_min_dead:
         return None
-    W_enc_MD, W_dec_MD, b_enc_M = (weights[name][dead_M] for name in ("W_enc", "W_dec", "b_enc"))
+    miss_BD = torch.empty_like(error_BD)
+    if recipe.revival == "ghost":
+        found: Dense | Kept = _ghost(weights, dead_M, centred_BD, error_BD, miss_BD, for_chunks, team)
+    else:
+        found = _auxk(k_aux, dead, weights, dead_M, centred_BD, error_BD, miss_BD, for_chunks, team)
+    squares = torch.linalg.vector_norm(error_BD).pow(2)
+    missed = torch.cat([torch.stack([squares.new_tensor(len(error_BD)), squares]), error_BD.sum(0)])
+    return Revival(dead_M, found, miss_BD, missed, torch.linalg.vector_norm(miss_BD).pow(2))
+
+
+def _auxk(
+    k_aux: int,
+    dead: int,
+    weights: dict[str, Tensor],
+    dead_M: Tensor,
+    centred_BD: Tensor,
+    error_BD: Tensor,
+    miss_BD: Tensor,
+    for_chunks: Chunks,
+    team: Team,
+) -> Dense | Kept:
+    """AuxK with `dead` latents among all processes; `miss_BD` is filled."""
     tokens, k = len(centred_BD), min(k_aux, len(dead_M))
-    acts_BM, d_pre_BM = error_BD.new_zeros(2, tokens, len(dead_M))
-    y_BD, miss_BD = torch.empty_like(error_BD), torch.empty_like(error_BD)
-    values_BK = error_BD.new_empty(tokens, k)
-    indices_BK = torch.empty(tokens, k, dtype=torch.int64, device=error_BD.device)
+    W_dec_FD, dtype = weights["W_dec"], weights["W_enc"].dtype
+    encoder = Encoder(weights["W_enc"][dead_M], weights["b_enc"][dead_M], screen=dtype)
+    indices_BK = torch.zeros(tokens, k, dtype=torch.int64, device=error_BD.device)
+    acts_BK, d_pre_BK = error_BD.new_zeros(2, tokens, k)
 
     def activate(chunk: slice) -> None:
-        pre_CM = torch.addmm(b_enc_M, centred_BD[chunk], W_enc_MD.t())
-        if recipe.revival == "ghost":
-            acts_BM[chunk] = pre_CM.clamp_(max=30).exp_()
-        elif k:
-            indices_BK[chunk] = kept_CK = topk_indices(pre_CM, k)
-            values_BK[chunk] = pre_CM.gather(1, kept_CK)
+        if k:
+            indices_BK[chunk], acts_BK[chunk] = encoder.topk(centred_BD[chunk], k)
 
     def reconstruct(chunk: slice) -> None:
-        if recipe.revival == "auxk" and k:
-            acts_BM[chunk].scatter_(1, indices_BK[chunk], values_BK[chunk].relu())
-        torch.mm(acts_BM[chunk], W_dec_MD, out=y_BD[chunk])
+        miss_BD[chunk] = decode_sparse(dead_M[indices_BK[chunk]], acts_BK[chunk], W_dec_FD)
 
     def differentiate(chunk: slice) -> None:
-        if recipe.revival == "ghost":
-            length_C1 = torch.linalg.vector_norm(error_BD[chunk], dim=1, keepdim=True)
-            scale_C1 = length_C1 / (2 * torch.linalg.vector_norm(y_BD[chunk], dim=1, keepdim=True) + 1e-30)
-            acts_BM[chunk] *= scale_C1
-            y_BD[chunk] *= scale_C1
-        torch.add(y_BD[chunk], error_BD[chunk], out=miss_BD[chunk])  # what was missed is -error
-        steep_CM = acts_BM[chunk] if recipe.revival == "ghost" else acts_BM[chunk] > 0
-        torch.mm(miss_BD[chunk], W_dec_MD.t(), out=d_pre_BM[chunk]).mul_(steep_CM)
+        miss_BD[chunk] += error_BD[chunk]  # what was missed is -error
+        d_acts_CK = gather_dot(miss_BD[chunk], W_dec_FD, dead_M[indices_BK[chunk]])
+        d_pre_BK[chunk] = d_acts_CK.mul_(acts_BK[chunk] > 0)
 
     for_chunks(activate, tokens)
-    if recipe.revival == "auxk" and team.shards > 1 and dead > k_aux:
-        floor_B1 = team.gather(values_BK, 1).topk(k_aux, 1).values[:, -1:]
-        values_BK.masked_fill_(values_BK < floor_B1, 0)
+    if team.shards > 1 and dead > k_aux:
+        floor_B1 = team.gather(acts_BK, 1).topk(k_aux, 1).values[:, -1:]
+        acts_BK.masked_fill_(acts_BK < floor_B1, 0)
+    acts_BK.relu_()
     for_chunks(reconstruct, tokens)
-    team.sum_(y_BD, "shards")
+    team.sum_(miss_BD, "shards")
     for_chunks(differentiate, tokens)
-    squares = torch.linalg.vector_norm(error_BD).pow(2)
-    missed = torch.cat([torch.stack([squares.new_tensor(tokens), squares]), error_BD.sum(0)])
-    return Revival(dead_M, acts_BM, d_pre_BM, miss_BD, missed, torch.linalg.vector_norm(miss_BD).pow(2))
+    if len(dead_M) <= FEW * k_aux:  # a dense product of a few latents is quicker than a sparse one of most of them
+        acts_BM, d_pre_BM = error_BD.new_zeros(2, tokens, len(dead_M))
+        return Dense(acts_BM.scatter_(1, indices_BK, acts_BK), d_pre_BM.scatter_(1, indices_BK, d_pre_BK))
+    token_P = torch.arange(tokens, device=error_BD.device).repeat_interleave(k)
+    grouped = TokensByLatent(indices_BK.flatten(), token_P, len(dead_M))
+    return Kept(grouped, acts_BK.flatten()[grouped.order_P], d_pre_BK.flatten()[grouped.order_P], len(dead_M))
+
+
+def _ghost(
+    weights: dict[str, Tensor],
+    dead_M: Tensor,
+    centred_BD: Tensor,
+    error_BD: Tensor,
+    miss_BD: Tensor,
+    for_chunks: Chunks,
+    team: Team,
+) -> Dense:
+    """Ghost gradients; `miss_BD` is filled. All dead latents act at all tokens: this is dense by nature."""
+    W_enc_MD, W_dec_MD, b_enc_M = (weights[name][dead_M] for name in ("W_enc", "W_dec", "b_enc"))
+    acts_BM, d_pre_BM = error_BD.new_zeros(2, len(error_BD), len(dead_M))
+
+    def reconstruct(chunk: slice) -> None:
+        pre_CM = torch.addmm(b_enc_M, centred_BD[chunk], W_enc_MD.t())
+        acts_BM[chunk] = pre_CM.clamp_(max=30).exp_()
+        torch.mm(acts_BM[chunk], W_dec_MD, out=miss_BD[chunk])
+
+    def differentiate(chunk: slice) -> None:
+        length_C1 = torch.linalg.vector_norm(error_BD[chunk], dim=1, keepdim=True)
+        scale_C1 = length_C1 / (2 * torch.linalg.vector_norm(miss_BD[chunk], dim=1, keepdim=True) + 1e-30)
+        acts_BM[chunk] *= scale_C1
+        miss_BD[chunk] *= scale_C1
+        miss_BD[chunk] += error_BD[chunk]  # what was missed is -error
+        torch.mm(miss_BD[chunk], W_dec_MD.t(), out=d_pre_BM[chunk]).mul_(acts_BM[chunk])
+
+    for_chunks(reconstruct, len(error_BD))
+    team.sum_(miss_BD, "shards")
+    for_chunks(differentiate, len(error_BD))
+    return Dense(acts_BM, d_pre_BM)
 
 
 def revival_factor(recipe: Recipe, parts: list[Revival], variance: float, team: Team) -> tuple[float, float]:

@@ -136,6 +136,8 @@ class SparseStep:
     def final_weights(self) -> dict[str, Tensor]:
         """The weights of the finished SAE, the running mean where there is one; jumprelu with its `threshold`."""
         weights = dict(self.mean_weights or self.weights)
+        if self.mean_weights and self.recipe.unit_norm:  # the mean of unit rows is a little shorter
+            weights["W_dec"] = normalise_rows_(weights["W_dec"].clone())
         if "log_threshold" in weights:
             weights["threshold"] = weights.pop("log_threshold").exp()
         return weights
@@ -247,7 +249,7 @@ class SparseStep:
         for part in parts:
             product_F.index_add_(0, part.by_latent.latent_P.long(), part.product_P)
             if part.revival is not None:
-                silent_M = part.revival.d_pre_BM.sum(0) * aux
+                silent_M = part.revival.found.bias() * aux
                 b_enc_F.index_add_(0, part.revival.dead_M, silent_M)
                 product_F.index_add_(0, part.revival.dead_M, silent_M)
         small = {name: torch.stack([part.extra[name] for part in parts]).sum(0) for name in parts[0].extra}
