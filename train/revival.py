@@ -142,10 +142,13 @@ def _auxk(
             indices_BK[chunk], acts_BK[chunk] = encoder.topk(centred_BD[chunk], k)
 
     def reconstruct(chunk: slice) -> None:
-        miss_BD[chunk] = decode_sparse(dead_M[indices_BK[chunk]], acts_BK[chunk], W_dec_FD)
+        # A process may have no dead latent of its own and still learn what those of others miss.
+        miss_BD[chunk] = decode_sparse(dead_M[indices_BK[chunk]], acts_BK[chunk], W_dec_FD) if k else 0
 
     def differentiate(chunk: slice) -> None:
         miss_BD[chunk] += error_BD[chunk]  # what was missed is -error
+        if not k:
+            return
         d_acts_CK = gather_dot(miss_BD[chunk], W_dec_FD, dead_M[indices_BK[chunk]])
         d_pre_BK[chunk] = d_acts_CK.mul_(acts_BK[chunk] > 0)
 

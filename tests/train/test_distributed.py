@@ -27,6 +27,7 @@ team = join_team(sys.argv[2], minutes=1)
 curves = {}
 for name, fields in recipes.items():
     fields["prefixes"] = tuple(fields.get("prefixes", ()))
+    kill = fields.pop("kill", None)  # at that step the first latents are called dead, all of them of the first process
     x, batch = x_BD.to(getattr(torch, fields["dtype"])), 256
     step = SparseStep.begin(
         128, x.mean(0), Recipe(**fields), 4, variance=float(total_variance(x_BD)), team=team, sample_ND=x
@@ -38,6 +39,8 @@ for name, fields in recipes.items():
             rows = x[start : start + batch][team.rows(batch)]
             if fields["revival"] == "resample" and number == 100:
                 curve.append(step.resample(rows, seed=1))
+            if number == kill and team.part(128).start == 0:
+                step.silent_F[:10] = 4096
             gradient = step.gradient(rows)
             norm = step.update(gradient, 3e-3)
             curve += [gradient.losses["reconstruction"], gradient.losses.get("aux", 0.0), norm, gradient.active]
@@ -49,6 +52,7 @@ team.leave()
 BASE = {"k": 3, "k_aux": 8, "dead_after": 2048, "revival": "auxk", "initial_l0": 8.0, "bandwidth": 0.1}
 RECIPES = {
     "topk": BASE,
+    "topk dead on one side": BASE | {"kill": 100},
     "topk clipped": BASE | {"clip": 0.05, "ema": 0.9},
     "ghost": BASE | {"revival": "ghost"},
     "resample": BASE | {"revival": "resample", "dead_after": 512},
