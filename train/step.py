@@ -44,9 +44,14 @@ GPU_CHUNK, GPU_RANGE = 1 << 14, 1 << 15
 """The same on a GPU: what fills it."""
 TOGETHER = 16
 """Ranges whose gradients several processes sum at a time."""
-FOLLOW, GAIN, SWAY = 0.9, 0.01, 2.0
-"""The coefficient that is steered to an L0: decay of the running L0; largest relative step; exponent of the ratio of
-the running L0 to the one asked for, by which the coefficient in use leads the one that is kept."""
+FOLLOW = 0.9
+"""Decay of the running L0 by which a coefficient is steered."""
+GAIN, SWAY = 0.01, 2.0
+"""Steering an L1: largest relative step of the coefficient that is kept; exponent of the running L0 over the one asked
+for, by which the coefficient in use leads it."""
+LEAN, PULL = 0.001, 20.0
+"""Steering an L0, where thresholds answer slowly and come down only when pulled: what each whole ratio above 1 adds to
+the coefficient that is kept, at every step, and to that in use, in units of `sparsity`."""
 
 
 class SparseStep:
@@ -64,7 +69,8 @@ class SparseStep:
         self.second_moments = {name: torch.zeros_like(weights[name]) for name in self.learned}
         self.mean_weights = {name: w.clone() for name, w in weights.items()} if recipe.ema else {}
         self.updates = torch.zeros((), device=self.device)
-        self.coefficient = torch.tensor([recipe.sparsity, recipe.l0_target], dtype=torch.float64)
+        first = 0.0 if recipe.l0_target and self.objective.penalty == "l0" else recipe.sparsity
+        self.coefficient = torch.tensor([first, recipe.l0_target], dtype=torch.float64)
         """coefficient of the sparsity term, and the running L0 by which it is steered"""
         self.d_sae, self.d_in = weights["W_enc"].shape
         self.latents = int(team.sum_(torch.tensor(self.d_sae), "shards"))
@@ -292,17 +298,25 @@ class SparseStep:
 
     @property
     def strength(self) -> float:
-        """The coefficient of the sparsity term in use."""
+        """The coefficient of the sparsity term in use; of an L0 it may be negative, so that thresholds come down."""
         kept, running = float(self.coefficient[0]), float(self.coefficient[1])
-        return kept * float((running / self.recipe.l0_target) ** SWAY) if self.recipe.l0_target else kept
+        if not self.recipe.l0_target:
+            return kept
+        ratio = running / self.recipe.l0_target
+        if self.objective.penalty == "l0":
+            return kept + PULL * self.recipe.sparsity * (ratio - 1)
+        return kept * float(ratio**SWAY)
 
     def _steer(self, l0: float) -> None:
         """Moves the coefficient towards the L0 asked for: up while more latents are on, down while fewer."""
         kept, running = self.coefficient.tolist()
         running = FOLLOW * running + (1 - FOLLOW) * min(l0, 2 * self.recipe.l0_target)
-        wrong = math.log(max(running, 1e-3) / self.recipe.l0_target)
-        self.coefficient[0] = kept * math.exp(GAIN * max(-1.0, min(1.0, wrong)))
-        self.coefficient[1] = running
+        ratio = max(running, 1e-3) / self.recipe.l0_target
+        if self.objective.penalty == "l0":
+            kept += LEAN * self.recipe.sparsity * (ratio - 1)
+        else:
+            kept *= math.exp(GAIN * max(-1.0, min(1.0, math.log(ratio))))
+        self.coefficient[0], self.coefficient[1] = kept, running
 
     def resample(self, x_BD: Tensor, seed: int) -> int:
         """Starts dead latents again at rows of x that are badly reconstructed; how many (`train.revival.restart`)."""
