@@ -22,7 +22,7 @@ from train.recipe import Recipe
 
 FORMAT, VERSION = "steer-run", 2
 
-AUTO = ("latents", "tokens", "lr", "k_aux", "dead_after", "resample_every")
+AUTO = ("latents", "tokens", "lr", "k_aux", "dead_after", "resample_every", "initial_l0")
 """Fields whose 0 stands for a value chosen from the data and the other fields."""
 
 MOST_DEAD_AFTER = 1_000_000
@@ -34,6 +34,8 @@ class TrainConfig(Recipe):
 
     dead_after: int = 0
     """tokens of silence after which a latent is revived; by default 1 M, or a tenth of the run if that is less"""
+    initial_l0: float = 0.0
+    """latents that are on at a token when a kind without k starts; by default twice `l0_target`, or 64 without one"""
     latents: int = 0
     """width of the SAE; by default `expansion` times that of the data"""
     expansion: int = 16
@@ -131,6 +133,7 @@ class TrainConfig(Recipe):
             k_aux=self.k_aux or max(1, d_in // 2),
             dead_after=dead_after,
             resample_every=self.resample_every or dead_after,
+            initial_l0=self.initial_l0 or 2 * self.l0_target or 64.0,
             scale="variance" if self.scale == "auto" else self.scale,
             center="mean" if self.center == "auto" else self.center,
             screen=_fast_screen() if self.screen == "auto" else self.screen,
