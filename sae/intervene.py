@@ -87,7 +87,7 @@ class Tally:
     after: float | None
     """Mean of what the encoder reads of it in the edited stream."""
     lost: int
-    """Positions where a `bias` lost the race."""
+    """Positions where a `bias` left its latent off."""
     first: int | None
     """First and last position where it acted."""
     last: int | None

@@ -28,7 +28,7 @@ FORMULAS: dict[Kind, str] = {
     "clamp": "(v - a) * d, so the latent contributes exactly v",
     "scale": "(s - 1) * a * d, so the latent contributes s times as much",
     "ablate": "-a * d, so the latent contributes nothing",
-    "bias": "act(pre + v e_i) - act(pre), decoded: v is added before the activation, where latents race for k places",
+    "bias": "act(pre + v e_i) - act(pre), decoded: v is added before the activation: threshold, or race for k places",
 }
 """What each kind adds to the residual stream; d is the latent's decoder direction, a its activation."""
 

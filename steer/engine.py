@@ -21,7 +21,7 @@ from llama_3.checkpoint import load_model
 from llama_3.config import read_config, read_generation_defaults
 from llama_3.generate import ReplyText
 from llama_3.gguf_file import hold_header
-from llama_3.hooks import HookPoint, Hooks
+from llama_3.hooks import Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
 from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
@@ -37,7 +37,7 @@ from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
 from steer.replies import Held, Replies, Row, hits_by_row, prompt_events
-from steer.resolve import Resolver, check_together
+from steer.resolve import Resolver, check_labels, check_together, hook_of
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
@@ -75,7 +75,7 @@ class Engine:
         self._defaults = defaults or Sampling()
         self._lock = threading.Lock()
         self._held: Held | None = None
-        self._hook = HookPoint.parse(sae.config.hook) if sae else None
+        self._hook = hook_of(sae) if sae else None
         if sae:
             check_together(model.config, sae, index)
             sae.prepare()
@@ -127,9 +127,11 @@ class Engine:
         spelled = load_chat_format(path, tokenizer, chat_format)
         index = LabelIndex(Path(labels), read_only=True) if labels else None
         encoder = load_sae(Path(sae), where.device) if sae else None
-        keep = HookPoint.parse(encoder.config.hook).layer + 1 if encoder and not quantize_all else 0
+        keep = hook_of(encoder).layer + 1 if encoder and not quantize_all else 0
         if encoder:
             check_together(config, encoder, index)
+        if sae and index and labels != DEMO_LABELS:
+            check_labels(Path(sae), index)
         if compile and where.device == "cpu" and not _has_compiler():
             raise SteerError("`--compile` needs a C++ compiler, and here is none", "install g++, or leave it out")
         size = sae_bytes(encoder.config, where.device) if encoder else 0

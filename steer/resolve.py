@@ -5,6 +5,9 @@ So is an SAE that cannot belong to the model, and an index that cannot belong to
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from labels.index import LabelIndex
 from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
@@ -102,9 +105,33 @@ class Resolver:
         return float(self._sae.decoder_direction(latent).norm()) * self._sae.scale_at(stats.resid_norm if stats else 1)
 
 
+def hook_of(sae: SAE) -> HookPoint:
+    """Where in a model an SAE stands; a `SteerError` for one that was trained on rows from elsewhere."""
+    if not sae.config.hook:
+        raise SteerError(
+            "this SAE stands nowhere in a model: the rows it was trained on were not captured from one",
+            "pass one that was trained on what `steer capture` wrote",
+        )
+    return HookPoint.parse(sae.config.hook)
+
+
+def check_labels(folder: Path, index: LabelIndex) -> None:
+    """Refuse labels that were collected with other weights than those in the SAE's folder."""
+    known = index.meta().get("sae/sae.safetensors")
+    weights = folder / "sae.safetensors"
+    if known is None or not weights.is_file():  # an index or an SAE made by another program
+        return
+    with weights.open("rb") as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest() != known:
+            raise SteerError(
+                f"these labels were collected with another SAE than the one in {folder}",
+                "pass its own `--labels FILE`, or make them with `steer label collect`",
+            )
+
+
 def check_together(config: ModelConfig, sae: SAE, index: LabelIndex | None) -> None:
     """Refuse an SAE that cannot belong to a model of this config, and labels that speak of another SAE."""
-    hook = HookPoint.parse(sae.config.hook)
+    hook = hook_of(sae)
     if hook.layer >= config.n_layers:
         raise SteerError(f"this SAE stands at {hook}, the model has {config.n_layers} blocks, from 0")
     if sae.config.d_in != (width := hook.width(config)):

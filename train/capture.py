@@ -14,6 +14,7 @@ Shapes: B rows of a batch, T tokens, D width of the residual stream, N captured 
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,18 @@ from llama_3.tokenizer import Tokenizer
 from train.cost import TRIAL_SECONDS, Cost, check_room, duration, estimate, readable, trial
 from train.documents import HUB, list_sources
 from train.errors import TrainError
-from train.shards import Background, Piece, ShardWriter, own_manifest, read_manifest, row_bytes, sha256_of, share_folder
+from train.lock import only_process
+from train.shards import (
+    Background,
+    Piece,
+    ShardWriter,
+    begin,
+    own_manifest,
+    read_manifest,
+    row_bytes,
+    sha256_of,
+    share_folder,
+)
 from train.text import Row, TextCounts, TextPlan, default_chat, read_rows
 
 POOL_TOKENS = 1 << 18
@@ -97,7 +109,7 @@ def batches(
     """Batches of similar length of at most `batch_tokens` tokens with padding (one row at least), order fixed."""
     special = torch.tensor(sorted(special_ids), dtype=torch.int64)
     number = 0
-    while pool := list(_take_tokens(rows, POOL_TOKENS)):
+    while pool := list(take_tokens(rows, POOL_TOKENS)):
         pool.sort(key=lambda row: len(row.tokens))
         cut: list[list[Row]] = [[]]
         for row in pool:
@@ -244,11 +256,13 @@ def capture(
     job = Job(model, tokenizer, files, plan or TextPlan(), chat, batch_tokens, keep_special, rank, ranks)
     made_from = job.made_from() | {"max_tokens": max_tokens, "shard_bytes": shard_bytes} | (provenance or {})
     share = max_tokens // ranks + (rank < max_tokens % ranks)
-    with Background() as background:
+    with ExitStack() as locks, Background() as background:
         writers = []
         for top, point in zip(tops, points, strict=True):
             what = {"hook": str(point), "d_in": point.width(model.config)} | made_from
             folder, what = share_folder(top, what, rank, ranks)
+            begin(folder, what)
+            locks.enter_context(only_process(folder, "captures", "wait for it, or choose another folder"))
             writers.append(ShardWriter(folder, what, share, background))
         for writer in writers:
             for damage in writer.damaged:
@@ -399,7 +413,8 @@ def _on_its_day(chat: ChatFormat | None, folder: Path) -> ChatFormat | None:
     return chat.on(date) if name == chat.name and date else chat
 
 
-def _take_tokens(rows: Iterator[Row], tokens: int) -> Iterator[Row]:
+def take_tokens(rows: Iterator[Row], tokens: int) -> Iterator[Row]:
+    """The next rows, until they hold so many tokens."""
     while tokens > 0 and (row := next(rows, None)) is not None:
         tokens -= len(row.tokens)
         yield row

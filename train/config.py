@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,12 +18,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from train.errors import TrainError
 from train.presets import PRESETS
-from train.recipe import Recipe
+from train.recipe import COUNTED, Arch, Recipe
 
 FORMAT, VERSION = "steer-run", 2
 
 AUTO = ("latents", "tokens", "lr", "k_aux", "dead_after", "resample_every", "initial_l0")
 """Fields whose 0 stands for a value chosen from the data and the other fields."""
+
+_STEERED = tuple(arch for arch in get_args(Arch) if arch not in COUNTED)
+ONLY: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("k", "k_anneal", "k_anneal_share"), ("arch", COUNTED)),
+    **dict.fromkeys(("sparsity", "l0_target", "initial_l0", "sparsity_warmup"), ("arch", _STEERED)),
+    "bandwidth": ("arch", ("jumprelu",)),
+    **dict.fromkeys(("prolu_gradient", "prolu_plain"), ("arch", ("prolu",))),
+    "screen": ("arch", ("topk",)),
+    **dict.fromkeys(("k_aux", "aux_coefficient"), ("revival", ("auxk",))),
+    "aux_min_dead": ("revival", ("auxk", "ghost")),
+    "resample_every": ("revival", ("resample",)),
+}
+"""Fields that do something only where another field has one of some values."""
 
 MOST_DEAD_AFTER = 1_000_000
 
@@ -174,6 +187,11 @@ class TrainConfig(Recipe):
         """The part of it that a training step needs."""
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
+    def effective(self, name: str) -> bool:
+        """Whether a field does anything in this run."""
+        decides, values = ONLY.get(name, ("arch", get_args(Arch)))
+        return getattr(self, decides) in values
+
     @property
     def steps(self) -> int:
         return -(-self.tokens // self.batch)
@@ -285,6 +303,17 @@ def typed(name: str, value: Any) -> Any:
         return number
     except (ValueError, TypeError, KeyError) as error:
         raise fault from error
+
+
+def check_effect(configs: Sequence[TrainConfig], names: Iterable[str]) -> None:
+    """Raises `TrainError` for the first field that was typed and does nothing in any of these runs."""
+    for name in names:
+        if not any(config.effective(name) for config in configs):
+            decides, values = ONLY[name]
+            raise TrainError(
+                f"{name} does nothing where {decides} is {getattr(configs[0], decides)}",
+                f"leave it out; it is for {decides} {' and '.join(values)}",
+            )
 
 
 def _is_zero(value: Any) -> bool:

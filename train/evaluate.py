@@ -21,7 +21,7 @@ from llama_3.hooks import Hook, HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE, SAEConfig
-from train.capture import Batch, batches
+from train.capture import Batch, batches, take_tokens
 from train.errors import TrainError
 from train.intervals import DocumentSums, Metric, share
 from train.text import TextPlan, default_chat, read_rows
@@ -108,8 +108,9 @@ def assess(
     """The measures of `sections`, each with a 95% interval by a bootstrap over documents, drawn with `seed`. (That of
     `dead` is over latents: fewer documents can only have more dead latents.)
 
-    Whole batches are read until `max_tokens` positions count or the text ends; the text is read as `plan` says, and
-    dialogs written in `chat`, by default as in Llama 3. `on_progress(tokens, all tokens)` is called after each batch.
+    The text is read from its beginning as `plan` says, whole rows until they hold `max_tokens` tokens or it ends, and
+    dialogs are written in `chat`, by default as in Llama 3. `on_progress(tokens, all tokens)` is called after each
+    batch.
 
     Raises `TrainError` for a section that there is not, an SAE that does not fit the model, a text with nothing to
     measure.
@@ -123,12 +124,10 @@ def assess(
     plan = plan or TextPlan()
     rows = read_rows(files, tokenizer, chat or default_chat(tokenizer), fit_context(plan, model.config.max_context))
     batch_tokens = min(batch_tokens, max(1, LOGITS // model.config.vocab_size))
-    chosen, tokens = [], 0
-    for batch in batches(rows, sorted(tokenizer.special_ids), batch_tokens):
-        chosen.append(batch)
-        tokens += int(batch.kept_BT.sum())
-        if tokens >= max_tokens:
-            break
+    # The text from its beginning: batches are sorted by length, so that some of them alone would not be like it.
+    taken = take_tokens(rows, max_tokens)
+    chosen = list(batches(taken, sorted(tokenizer.special_ids), batch_tokens))
+    tokens = sum(int(batch.kept_BT.sum()) for batch in chosen)
     if not tokens:
         raise TrainError(f"{files[0] if files else 'no file'} holds no token to measure")
     downstream = "downstream" in sections

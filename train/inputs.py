@@ -14,7 +14,7 @@ from sae.losses import total_variance
 from train.config import TrainConfig
 from train.errors import TrainError
 from train.preprocess import InputScale, geometric_median, plan_of
-from train.reader import Source, open_source
+from train.reader import ShardReader, Source, open_source
 
 SAMPLE_ROWS = 1 << 15
 """Rows from which mean and scale of the data are taken where no plan says them."""
@@ -22,7 +22,7 @@ MEDIAN_ROWS = 1 << 13
 """Rows from which the geometric median is taken, likewise."""
 
 
-def open_rows(folder: Path | str, config: TrainConfig) -> Source:
+def open_rows(folder: Path | str, config: TrainConfig) -> ShardReader:
     """The rows in a folder in the order of the config's seed. Raises `TrainError` if it holds none."""
     folder = Path(folder)
     if not folder.is_dir():

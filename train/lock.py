@@ -1,4 +1,4 @@
-"""One trainer for a run: `RUN/lock` names the process that trains there.
+"""One process for a folder: `lock` in it names the one that trains (or captures) there.
 
 The system holds the lock for as long as that process lives, so that one left behind by a kill is no lock: the next
 process takes the file over. On a file system without such locks the number in the file decides: it counts while a
@@ -20,15 +20,15 @@ except ImportError:  # Windows, where nothing is locked
 
 
 @contextmanager
-def only_trainer(run: Path) -> Iterator[None]:
-    """Keeps other trainers out of the folder `run`. Raises `TrainError` naming the process that is there already."""
-    with (run / "lock").open("a+", encoding="utf-8") as handle:
+def only_process(folder: Path, does: str = "trains", hint: str | None = None) -> Iterator[None]:
+    """Keeps others out of `folder`. Raises `TrainError` naming the process that is there already."""
+    with (folder / "lock").open("a+", encoding="utf-8") as handle:
         handle.seek(0)
         holder = handle.read(200).strip()
         if not _taken(handle.fileno(), holder):
             raise TrainError(
-                f"process {holder or 'of unknown number'} trains in {run} already",
-                f"`steer train stop {run}` asks it to end; or choose another folder",
+                f"process {holder or 'of unknown number'} {does} in {folder} already",
+                hint or f"`steer train stop {folder}` asks it to end; or choose another folder",
             )
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
@@ -37,6 +37,16 @@ def only_trainer(run: Path) -> Iterator[None]:
             yield
         finally:
             handle.truncate(0)
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`, as far as the system tells."""
+    try:
+        with (folder / "lock").open("r+", encoding="utf-8") as handle:
+            holder = handle.read(200).strip()
+            return bool(holder) and not _taken(handle.fileno(), holder)
+    except OSError:  # no such file: nobody ever was there
+        return False
 
 
 def _taken(descriptor: int, holder: str) -> bool:

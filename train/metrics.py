@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import TrainError
+from train.lock import is_taken
 
 WORDS = ("stop", "checkpoint")
 """What a run can be told: save and end; save and go on."""
@@ -43,10 +44,12 @@ def cut_metrics(file: Path, last_step: int) -> None:
 
 
 def tell(run: Path, word: str) -> None:
-    """Asks the run in the folder `run` to do something once its step is finished. Raises `TrainError` if none is."""
+    """Asks the run in `run` to do something once its step is finished. Raises `TrainError` if nobody trains there."""
     assert word in WORDS, word
     if not (run / "config.toml").is_file():
         raise TrainError(f"{run} holds no run (no config.toml)", "give the folder that `steer train --out` was given")
+    if not is_taken(run):
+        raise TrainError(f"no process trains in {run} at present", "`steer train --resume` goes on with a stopped run")
     with (run / "control").open("a", encoding="utf-8") as handle:
         handle.write(word + "\n")
 

@@ -110,6 +110,8 @@ class ShardReader:
         use_plan: bool = True,
     ):
         self.folder = Path(folder)
+        self.notice: str | None = None
+        """what a person should know of the rows before they are used"""
         entries, self._captured = self._open()
         self.plan: Plan | None = read_plan(self.folder) if use_plan else None
         if self.plan:
@@ -203,6 +205,9 @@ class ShardReader:
                 raise TrainError(f"{self.folder} holds no activations yet", "run steer capture to its end")
             self.d_in, self.hook = int(manifest["d_in"]), str(manifest["hook"])
             self.manifest = {name: value for name, value in manifest.items() if name not in ("shards", "done")}
+            if not manifest["done"]:
+                asked = manifest.get("max_tokens", 0)
+                self.notice = f"the capture in {self.folder} is not finished: it was asked for {asked:,} rows at most"
             entries = [
                 {name: shard[name] for name in ("name", "rows", "bytes", "sha256")} for shard in manifest["shards"]
             ]

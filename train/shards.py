@@ -136,11 +136,11 @@ def share_folder(folder: Path, made_from: dict[str, Any], rank: int, ranks: int)
         return folder, made_from
     made_from = made_from | {"ranks": ranks}
     if rank == 0:
-        _begin(folder, made_from)
+        begin(folder, made_from)
     return folder / f"rank-{rank:02}", made_from | {"rank": rank}
 
 
-def _begin(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+def begin(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that holds this capture or is new. `TrainError` if it holds another."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "manifest.json").exists():
@@ -168,6 +168,10 @@ def _difference(name: str, found: Any, value: Any) -> tuple[str, Any, Any]:
     if isinstance(found, dict) and isinstance(value, dict):
         name = next(key for key in value if found.get(key) != value[key])
         return name, found.get(name), value[name]
+    if name == "files":
+        was, now = ({entry["name"]: str(entry["sha256"])[:12] for entry in files} for files in (found or [], value))
+        changed = next((file for file in now if file in was and was[file] != now[file]), None)
+        return (f"the hash of {changed}", was[changed], now[changed]) if changed else (name, [*was], [*now])
     return name, found, value
 
 
@@ -288,7 +292,7 @@ class ShardWriter:
         self._per_shard = max(1, int(made_from["shard_bytes"]) // (2 * int(made_from["d_in"])))
         self._waiting: list[Piece] = []
         self._waiting_rows = 0
-        self.manifest = _begin(folder, made_from)
+        self.manifest = begin(folder, made_from)
         self.damaged: list[str] = []
         """What was wrong with shards that are made again, one sentence each."""
         self._gaps = deque(self._find_gaps(rows))

@@ -4,13 +4,15 @@ A member of a sweep lies in `RUN/KEY-VALUE/` and is a whole run: it can be resum
 What decides which rows come when cannot be swept. The search for a learning rate is a sweep of short runs.
 """
 
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from train.config import TrainConfig, default_rate, kinds, typed
+from train.config import AUTO, TrainConfig, default_rate, kinds, typed
 from train.distributed import ALONE, Team
 from train.errors import TrainError
 from train.reader import Source
@@ -41,6 +43,28 @@ def parse_sweep(texts: Iterable[str]) -> list[dict[str, Any]]:
             why = "all members read the same rows" if name in STREAM else "its values have commas in them"
             raise TrainError(f"{name} cannot be swept: {why}", "train once for each value, into folders of their own")
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())] if axes else []
+
+
+def write_sweep(out: Path, texts: Sequence[str], preset: str | None, values: dict[str, Any]) -> None:
+    """Keeps in `out/sweep.json` what a sweep was asked for, so that it can be gone on with without saying it again."""
+    said = {name: "auto" if name in AUTO and value == 0 else value for name, value in values.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "sweep.json.tmp"
+    temporary.write_text(json.dumps({"sweep": list(texts), "preset": preset, "values": said}), encoding="utf-8")
+    os.replace(temporary, out / "sweep.json")
+
+
+def read_sweep(out: Path) -> tuple[list[str], str | None, dict[str, Any]] | None:
+    """(texts, preset, values) of the sweep in `out`; None if there is none. `TrainError` for a damaged file."""
+    file = out / "sweep.json"
+    if not file.is_file():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: typed(name, value) for name, value in kept["values"].items()}
+        return [str(text) for text in kept["sweep"]], kept["preset"] and str(kept["preset"]), values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainError(f"{file} is not readable ({error})", "give the same --sweep and options again") from error
 
 
 def member_name(values: dict[str, Any]) -> str:

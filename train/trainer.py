@@ -30,10 +30,11 @@ from train.activity import ActivityLog
 from train.assemble import assembled, own_sae
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig, check_same, read_run, write_run
+from train.cost import check_room
 from train.distributed import ALONE, Team
 from train.errors import LossError, TrainError
 from train.inputs import Inputs, open_rows
-from train.lock import only_trainer
+from train.lock import only_process
 from train.log import Log
 from train.metrics import append_metrics, cut_metrics, obey
 from train.preprocess import plan_of
@@ -51,6 +52,10 @@ READ_ROWS = 1 << 14
 """Rows read at a time for the statistics of the finished SAE."""
 DEAD_WINDOW = 1_000_000
 """A latent is reported dead when it was not active in this many training tokens, or in all if there were fewer."""
+SAVE_SECONDS = 600.0
+"""A checkpoint is due when the last one is so old, however few steps that were."""
+ACTIVITY_BYTES = 5
+"""Of a snapshot, for each latent."""
 HELD_BYTES = 1 << 30
 """Held-out rows, in float32, on which the finished SAE is measured, at most."""
 
@@ -60,10 +65,12 @@ class TrainSummary:
     steps: int
     tokens: int
     fvu: float
-    """of the finished SAE on `stats_rows` held-out rows, or training rows where none are held out"""
+    """of the finished SAE on `stats_rows` rows at most"""
     l0: float
     dead: float
     """share of latents never active in the last 1 M training tokens"""
+    measured_on: str = ""
+    """the rows of which `fvu` and `l0` speak"""
 
 
 def train(
@@ -143,6 +150,7 @@ class Trainer:
         if self.config.early_stop and self.held_out_ND is None:
             raise TrainError("early_stop needs held-out rows", "set held_out to a share, such as 0.05")
         self.step, self.stopped, self.best, self.patience = 0, False, math.inf, 0
+        self.saved = time.monotonic()
         self.log = Log()
         saved = self.checkpoints.newest()
         try:
@@ -262,15 +270,16 @@ class Trainer:
         own, whole = found.stats, self._whole
         stats = Stats(whole(own.max_F), whole(own.mean_on_F), whole(own.density_F), own.resid_norm, own.tokens)
         sae = assembled(self.sae(), self.config, self.team)
-        summary = TrainSummary(self.step, self.tokens, found.fvu, found.l0, self.dead())
+        measured_on = "held-out rows" if held_ND is not None else "new rows" if streamed else "training rows"
+        summary = TrainSummary(self.step, self.tokens, found.fvu, found.l0, self.dead(), measured_on)
         if sae is not None:
             manifest = {
                 "hook": self.source.hook,
                 "data": self.source.manifest | {"activations_sha256": self.source.digest},
-                "training": asdict(self.config),
+                "training": {name: value for name, value in asdict(self.config).items() if self.config.effective(name)},
                 "preset": self.config.preset,
                 "input_scale": asdict(self.scale),
-                "measured_on": "held-out rows" if held_ND is not None else "new rows" if streamed else "training rows",
+                "measured_on": measured_on,
                 "versions": {"steer": _version("steer"), "torch": torch.__version__},
                 "metrics": asdict(summary),
             }
@@ -291,8 +300,19 @@ class Trainer:
                 "delete it and go on with --resume: it is written again from the last checkpoint",
             ) from error
 
+    def disk_bytes(self) -> int:
+        """What this run's checkpoints, snapshots and SAE will take on disk, about."""
+        config, size = self.config, self.team.shards
+        state = sum(tensor.numel() * tensor.element_size() for tensor in self.state.state().values()) * size
+        weights = 4 * sum(weight.numel() for weight in self.state.final_weights().values()) * size
+        kept = config.keep + 1 + (config.steps // config.keep_every if config.keep_every else 0)
+        checkpoints = state * min(kept, -(-config.steps // config.checkpoint_every) + 1)
+        snapshots = ACTIVITY_BYTES * config.latents * (config.steps // config.evaluate_every + 1)
+        return checkpoints + snapshots + weights + 3 * 4 * config.latents
+
     def save(self) -> None:
         """Writes a checkpoint."""
+        self.saved = time.monotonic()
         numbers = {
             "scale": asdict(self.scale),
             "variance": self.state.variance,
@@ -325,9 +345,11 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
     with ExitStack() as stack:
         for trainer in trainers if first.team.rank == 0 else []:
             if trainer.written() is None:
-                stack.enter_context(only_trainer(trainer.out))
+                stack.enter_context(only_process(trainer.out))
         done = {trainer.out: trainer.written() for trainer in trainers}
         going = [trainer for trainer in trainers if done[trainer.out] is None]
+        if going and first.team.rank == 0:
+            _check_room(going)
         _to_the_last_step(going, alone=len(trainers) == 1)
         for trainer in going:
             with _left_out(trainer, alone=len(trainers) == 1):
@@ -335,6 +357,15 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
     if all(trainer.fault for trainer in trainers):
         raise TrainError("no run of the sweep came to its end", str(first.fault))
     return [summary for summary in done.values() if summary is not None]
+
+
+def _check_room(going: Sequence[Trainer]) -> None:
+    """Raises `TrainError` where the disk would be full before the runs are finished."""
+    needed = 0
+    for trainer in going:
+        there = sum(file.stat().st_size for file in (trainer.out / "checkpoints").glob("*.safetensors"))
+        needed += max(0, trainer.disk_bytes() - there)
+    check_room(going[0].out, needed, "make room, choose another disk, or keep fewer checkpoints: --set keep=1")
 
 
 def _to_the_last_step(going: Sequence[Trainer], *, alone: bool) -> None:
@@ -363,13 +394,15 @@ def _to_the_last_step(going: Sequence[Trainer], *, alone: bool) -> None:
             words = set(told)
             for trainer in going if team.rank == 0 else []:
                 words |= obey(trainer.out)
+            behind = [trainer for trainer in behind if not (trainer.finished or trainer.fault)]
+            if any(time.monotonic() > trainer.saved + SAVE_SECONDS for trainer in behind):
+                words.add("checkpoint")
             if team.size > 1:
                 words = _agreed(words, team)
-            behind = [trainer for trainer in behind if not (trainer.finished or trainer.fault)]
             for trainer in behind if words else []:
                 trainer.save()
             if "stop" in words and behind:
-                raise StoppedError(behind[0].step, behind[0].config.steps)
+                raise StoppedError(behind[0].step, behind[0].config.steps, signalled=bool(told))
 
 
 @contextmanager

@@ -20,8 +20,6 @@ from train.stream import StreamSource
 from train.sweep import short_tokens
 from train.trainer import Trainer
 
-ACTIVITY_BYTES = 5
-"""Of a snapshot, for each latent."""
 TRIAL_ROWS = 1 << 13
 """Rows of a text on which training is tried; they are read again and again."""
 
@@ -48,15 +46,11 @@ def training_cost(
 
         with trainer.state:
             rate, memory = trial(work, TRIAL_SECONDS if seconds is None else seconds)
-        state = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state.state().values())
-        weights = 4 * sum(weight.numel() for weight in trainer.state.final_weights().values())
-    kept = full.keep + 1 + (full.steps // full.keep_every if full.keep_every else 0)
-    checkpoints = state * min(kept, -(-full.steps // full.checkpoint_every) + 1)
-    snapshots = ACTIVITY_BYTES * full.latents * (full.steps // full.evaluate_every + 1)
+        disk = trainer.disk_bytes()
     return estimate(
         full.tokens,
         rate,
-        disk_bytes=checkpoints + snapshots + weights + 3 * 4 * full.latents,
+        disk_bytes=disk,
         memory_bytes=memory,
         price_per_hour=price_per_hour,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -141,7 +143,7 @@ def capture_files(
         raise SteerError(f"--max-tokens is {max_tokens}", "give at least 1")
     model = resolve_model(settings.model) if settings.model else DEMO_MODEL
     counts, points = TextCounts(), hooks_of(engine, hooks)
-    with together() as look:
+    with _going_on(), together() as look:
         run(
             engine.model,
             engine.tokenizer,
@@ -166,6 +168,16 @@ def capture_files(
     if counts.dropped:
         narrate(f"{counts.dropped:,} rows dropped: sentences over the limit, or a last context that was not full")
     return asdict(summarise(out, points))
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Tells whoever interrupts that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        narrate("what was written stays; the same command goes on with it")
+        raise
 
 
 def hooks_of(engine: Engine, hooks: list[str] | None) -> list[str]:

@@ -179,6 +179,6 @@ def report_lines(report: Report) -> list[str]:
         change = (
             "" if edit.before is None or edit.after is None else f", activation {edit.before:.3g} -> {edit.after:.3g}"
         )
-        lost = f", lost the race at {edit.lost}" if edit.lost else ""
+        lost = f", left its latent off at {edit.lost}" if edit.lost else ""
         lines.append(f"  {clean(edit.text)}: at {edit.positions} positions{change}{lost}")
     return lines

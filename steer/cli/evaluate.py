@@ -31,7 +31,9 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Also write all of it as JSON, or as a table in Markdown (.md).", metavar="FILE")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Positions to measure, about.", metavar="N")] = 100_000,
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens to read, from the beginning of the text.", metavar="N")
+    ] = 100_000,
     held_out: Annotated[
         float, typer.Option(help="Read only the documents that a split of this share holds out.", metavar="SHARE")
     ] = 0.0,

@@ -41,6 +41,8 @@ def preprocess(
     if not activations.is_dir():
         raise SteerError(f"there is no folder `{activations}`", "make one with `steer capture`")
     reader = ShardReader(activations, seed, held_out=held_out, split_seed=seed, use_plan=False)
+    if reader.notice:
+        narrate(reader.notice)
     told = 0
 
     def tell(done: int, of: int) -> None:

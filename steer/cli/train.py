@@ -38,6 +38,8 @@ MOST_ROWS = 1_000_000
 """Rows that are captured from a text; a longer run reads them again, reshuffled."""
 MIXED_STEPS, LEAST_MIXED, MOST_MEMORY = 64, 1 << 16, 1 << 30
 """A stream is shuffled within blocks: the steps one lasts, its rows at least, the bytes of two at most."""
+MISSED = 0.05
+"""Share by which an L0 may miss its target before that is said."""
 TOLD = "; ".join(f"{name}: {what}" for name, what in DESCRIPTIONS.items())
 
 
@@ -105,20 +107,22 @@ def run(
 ) -> None:
     """Train an SAE. On a run: `steer train report RUN`, `steer train stop RUN`, `steer train checkpoint RUN`."""
     from train.alarm import explained
-    from train.config import parse_settings, read_run, read_settings, typed
+    from train.config import check_effect, parse_settings, read_run, read_settings, typed
     from train.distributed import ALONE, join_team
     from train.signals import StoppedError
-    from train.sweep import FACTORS, parse_sweep
+    from train.sweep import FACTORS, parse_sweep, read_sweep, write_sweep
     from train.sweep import sweep as run_sweep
     from train.trainer import check_folder, train
 
     check_price(price_per_hour, dry_run)
     given = {"arch": arch, "latents": latents, "k": k, "tokens": tokens, "batch": batch, "lr": lr, "seed": seed}
     given |= {"checkpoint_every": checkpoint_every}
-    values: dict[str, Any] = read_settings(config) if config else {}
-    values |= parse_settings(set_ or [])
-    values |= {name: typed(name, value) for name, value in given.items() if value is not None}
-    named = values.pop("preset", None)
+    said = parse_settings(set_ or []) | {name: typed(name, value) for name, value in given.items() if value is not None}
+    values: dict[str, Any] = (read_settings(config) if config else {}) | said
+    named = preset or ("quick" if quick else values.pop("preset", None))
+    values.pop("preset", None)
+    if resume and not sweep and (kept := read_sweep(out)):
+        sweep, named, values = kept[0], named or kept[1], kept[2] | values
     members = parse_sweep(sweep or [])
     rates = _rates(lr_sweep)
     if preset and quick and preset != "quick":
@@ -129,7 +133,8 @@ def run(
     stored = read_run(out)[0] if (out / "config.toml").exists() else None
     if not stored and not members and any(out.glob("*/config.toml")):
         raise SteerError(f"{out} holds a sweep", "give the same --sweep to go on with it, or choose another folder")
-    chosen = _config(stored, preset or ("quick" if quick else named), values)
+    chosen = _config(stored, named, values)
+    check_effect([replace(chosen, **member) for member in members or [{}]], said)
     if stored and rates is not None:
         chosen = replace(chosen, lr=stored.lr)  # it was found when the run began
     device = _device(settings)
@@ -147,6 +152,8 @@ def run(
                 if rates is not None and not stored:
                     chosen = replace(chosen, lr=_searched(rows, out, chosen, rates, bars, options))
                 if members:
+                    if team.rank == 0:
+                        write_sweep(out, sweep or [], named, values)
                     found = run_sweep(rows, out, chosen, members, bars.of, resume=resume, **options)
                 else:
                     summary = asdict(train(rows, out, chosen, bars.of(""), resume=resume, **options))
@@ -155,11 +162,14 @@ def run(
         elif json:
             put(summary)
         else:
-            told = ", ".join(f"{name} {value:g}" for name, value in summary.items() if name not in ("steps", "tokens"))
-            print(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens: {told}; the SAE is in {out / 'sae'}")
+            measured = f"fvu {summary['fvu']:.4f} and l0 {summary['l0']:.2f} on {summary['measured_on']}"
+            measured += f", dead {summary['dead']:.2%} in training"
+            print(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens: {measured}; the SAE is in {out / 'sae'}")
+            _compare(summary["l0"], chosen)
     except StoppedError as stop:
         narrate(f"{stop}; the same command with --resume goes on")
-        raise typer.Exit(ExitCode.INTERRUPTED) from stop
+        if stop.signalled:
+            raise typer.Exit(ExitCode.INTERRUPTED) from stop
     finally:
         team.leave()
 
@@ -193,11 +203,13 @@ def checkpoint(settings: Settings, of: Run) -> None:
 
 
 def _tell(of: Path, word: str) -> None:
+    from train.lock import is_taken
     from train.metrics import tell
 
-    for member in sorted(file.parent for file in of.glob("*/config.toml")) or [of]:
+    members = sorted(file.parent for file in of.glob("*/config.toml"))
+    for member in [member for member in members if is_taken(member)] or [of]:
         tell(member, word)
-    narrate(f"{of} was told: {word}; it obeys when its step is finished, if it is running")
+    narrate(f"{of} was told: {word}; it obeys when its step is finished")
 
 
 def _config(stored: TrainConfig | None, preset: str | None, values: dict[str, Any]) -> TrainConfig:
@@ -243,7 +255,10 @@ def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stre
     from train.inputs import open_rows
 
     if source.is_dir() and not stream:
-        return open_rows(source, config)
+        rows = open_rows(source, config)
+        if rows.notice:
+            narrate(rows.notice)
+        return rows
     check_files([source])
     if stream:
         return _streamed(source, config, settings)
@@ -265,6 +280,13 @@ def _searched(
         narrate(f"{rate:13.3g} {told}")
     narrate(f"training with {best:.3g}")
     return best
+
+
+def _compare(l0: float, config: TrainConfig) -> None:
+    """Says where a run did not come to the L0 that it was steered to."""
+    target = config.l0_target if config.effective("l0_target") else 0.0
+    if target and abs(l0 / target - 1) > MISSED:
+        narrate(f"l0 was to become {target:g}: a longer run comes nearer, or one that begins with another sparsity")
 
 
 def _show_sweep(found: dict[str, Any], json: bool) -> None:
@@ -310,9 +332,11 @@ def _show_cost(
     from train.trial import runs_cost, text_cost
 
     options: dict[str, Any] = {"threads": _threads(settings), "device": device, "price_per_hour": price}
-    parts = {}
+    parts, reads = {}, ""
     if source.is_dir() and not stream:
-        cost = runs_cost(open_rows(source, config), config, members, tried, **options)
+        rows = open_rows(source, config)
+        cost = runs_cost(rows, config, members, tried, **options)
+        reads = f"rows    {rows.rows:,}, each read {cost.tokens / rows.rows:.1f} times"
     elif stream:
         check_files([source])
         cost = runs_cost(_streamed(source, config, settings), config, members, tried, **options)
@@ -328,6 +352,8 @@ def _show_cost(
     for name, part in parts.items():
         print("\n".join([f"{name}:", *(f"  {line}" for line in part.lines())]))
     print("\n".join(["both:", *(f"  {line}" for line in cost.lines())] if parts else cost.lines()))
+    if reads:
+        print(reads)
 
 
 def _streamed(source: Path, config: TrainConfig, settings: Settings) -> Source:

@@ -185,8 +185,8 @@ def help_text(screen: Screen[object], focused: Widget | None) -> str:
         *(f"  {kind:<8} {formula}" for kind, formula in FORMULAS.items()),
         "",
         "  add and bias differ: add acts after the activation and always adds exactly v times the direction. bias acts",
-        "  before it, where latents compete for k places: a small value may change nothing, a large one drives another",
-        "  latent out, and the panel says at how many tokens it lost.",
+        "  before it, where a latent must pass a threshold or win one of k places: a small value may change nothing, a",
+        "  large one may drive another latent out, and the panel says at how many tokens this one stayed off.",
         "",
         "  A strength is 13.6 (raw), 1.1x (times the latent's recorded max) or 30% (of the residual norm).",
     ]

@@ -67,9 +67,9 @@ class SteeringPanel(Widget, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"steering-panel--chosen", "steering-panel--warning"}
     HELP = (
         "add puts v times the feature's direction into the residual stream after the features are read, whatever the "
-        "feature does itself: it always acts. bias adds v to the feature before the activation, where latents compete "
-        "for k places: a small one may change nothing, a large one may push another feature out; the report says at "
-        "how many tokens it lost. clamp sets the feature to v (c again: only where it is on), scale multiplies it, "
+        "feature does itself: it always acts. bias adds v to the feature before the activation, where a feature must pass "
+        "a threshold or win one of k places: a small one may change nothing, a large one may push another out; the "
+        "report says at how many tokens the feature stayed off. clamp sets the feature to v (c again: only where it is on), scale multiplies it, "
         "ablate takes it out."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -398,7 +398,7 @@ class SteeringPanel(Widget, can_focus=True):
         if edit.kind == "ablate" and found.before is not None:
             return f"was {palette.number(found.before)} mean last reply"
         if found.lost:
-            return f"fired {palette.number(found.after)} mean, lost {found.lost} of {found.positions}"
+            return f"fired {palette.number(found.after)} mean, off at {found.lost} of {found.positions}"
         return f"fired {palette.number(found.after)} mean last reply"
 
     def _reported(self, edit: Edit) -> EditReport | None:

@@ -1,5 +1,6 @@
 """The engine on a tiny model with a tiny SAE: what steering promises, end to end."""
 
+import hashlib
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.errors import SteerError
 from steer.events import Event, Finished, PromptRead, TokenEvent
+from steer.resolve import check_labels
 from steer.session import Prompt, Sampling
 from tests.tiny import byte_tokenizer, tiny_config, tiny_model, write_tiny_checkpoint
 
@@ -260,3 +262,20 @@ def test_labels_of_another_sae_are_refused(tmp_path: Path) -> None:
     for name, value in (("d_sae", "128"), ("hook", "blocks.1.hook_resid_post")):
         with LabelIndex.create(tmp_path / f"{name}.db", {name: value}) as index, pytest.raises(SteerError, match=value):
             Engine(tiny_model(), byte_tokenizer(), tiny_sae(), index)
+
+
+def test_labels_collected_with_other_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "sae.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    with LabelIndex.create(tmp_path / "own.db", {"sae/sae.safetensors": digest}) as index:
+        check_labels(tmp_path, index)
+        (tmp_path / "sae.safetensors").write_bytes(b"weights of another run")
+        with pytest.raises(SteerError, match="another SAE than the one in"):
+            check_labels(tmp_path, index)
+
+
+def test_an_sae_of_embeddings_is_refused_in_a_sentence() -> None:
+    sae = tiny_sae()
+    sae.config = replace(sae.config, hook="")
+    with pytest.raises(SteerError, match="stands nowhere in a model"):
+        Engine(tiny_model(), byte_tokenizer(), sae)

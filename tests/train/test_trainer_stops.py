@@ -23,7 +23,7 @@ from train.config import TrainConfig, write_run
 from train.distributed import join_team
 from train.errors import TrainError
 from train.inputs import open_rows
-from train.lock import only_trainer
+from train.lock import only_process
 from train.metrics import append_metrics, read_metrics, tell
 from train.signals import StoppedError
 from train.sweep import member_name, parse_sweep, search_rate, sweep
@@ -191,14 +191,14 @@ def test_a_file_system_without_locks_goes_by_the_number(tmp_path: Path, monkeypa
     file = tmp_path / "lock"
     for holder in (f"{os.getppid()} on {socket.gethostname()}", f"1 on {socket.gethostname()}"):
         file.write_text(holder)
-        with pytest.raises(TrainError, match=f"process {holder} trains"), only_trainer(tmp_path):
+        with pytest.raises(TrainError, match=f"process {holder} trains"), only_process(tmp_path):
             pass
     process = PROCESSES.Process(target=int)
     process.start()
     process.join()
     for holder in (f"{process.pid} on {socket.gethostname()}", "1 on elsewhere", "rubbish", ""):
         file.write_text(holder)
-        with only_trainer(tmp_path):
+        with only_process(tmp_path):
             assert file.read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
 
 
