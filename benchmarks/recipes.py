@@ -8,14 +8,20 @@
 Each run is a folder of `steer train` under `--out` and goes on where it was stopped; a finished one is only read. Every
 SAE is then measured by `train.evaluate` on text that nothing was trained on. `places` takes a folder of several hooks.
 The demo model's tables are in docs/recipes.md.
+
+Under the table of architectures stands a second one, of each row against TopK at the same L0: TopK's own figure there
+lies on a straight line in the logarithms between its rows (or beyond the last one, where a row's L0 is a little outside
+of them). `--picture FILE.png` draws both figures against L0.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +114,50 @@ def figures_of(run: Path, config: TrainConfig, activations: Path, args: argparse
     return figures
 
 
+Rows = dict[str, dict[str, Any]]
+
+
+def at_l0(curve: list[tuple[float, float]], l0: float) -> float:
+    """What a curve of (L0, figure) has at an L0: straight lines in the logarithms of both, also beyond its ends."""
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(curve) if l0 <= pair[1][0]), (curve[-2], curve[-1]))
+    share = math.log(l0 / x0) / math.log(x1 / x0)
+    return math.exp(math.log(y0) + share * math.log(y1 / y0))
+
+
+def curves(rows: Rows, figure: str) -> dict[str, list[tuple[float, float]]]:
+    """(L0, figure) of each kind, by rising L0."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, row in rows.items():
+        found.setdefault(name.rpartition(" ")[0], []).append((row["l0"], row[figure]))
+    return {kind: sorted(points) for kind, points in found.items()}
+
+
+def show_matched(rows: Rows) -> None:
+    """Each row over TopK at the same L0."""
+    fvu, rise = (curves(rows, figure)["TopK"] for figure in ("fvu", "delta_ce"))
+    print("\n| run | L0 | FVU over TopK's at this L0 | rise over TopK's at this L0 |\n|---|---:|---:|---:|")
+    for name, row in rows.items():
+        if not name.startswith("TopK "):
+            ratios = row["fvu"] / at_l0(fvu, row["l0"]), row["delta_ce"] / at_l0(rise, row["l0"])
+            print(f"| {name} | {row['l0']:.2f} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+
+
+def draw(rows: Rows, file: Path) -> None:
+    """FVU and rise in cross-entropy against L0, a line for each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name, title in zip(axes, ("fvu", "delta_ce"), ("FVU", "rise in cross-entropy, nats"), strict=True):
+        for kind, points in curves(rows, name).items():
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
+        axis.set(xscale="log", yscale="log", xlabel="L0", title=title)
+        axis.set_xticks(L0S, [str(l0) for l0 in L0S])
+        axis.minorticks_off()
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("architectures", "switches", "places"))
@@ -118,6 +168,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--tokens", type=int, help="of each run; default 5 M, for switches and places 1 M")
     parser.add_argument("--only", nargs="*", help="runs whose name begins so")
+    parser.add_argument("--picture", type=Path, help="architectures: draw FVU and rise against L0")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     tokens = args.tokens or (5_000_000 if args.table == "architectures" else 1_000_000)
@@ -129,6 +180,7 @@ def main() -> None:
         runs = {name: (args.activations, change) for name, change in settings(args.table, tokens).items()}
     print("| run | FVU | L0 | dead | rise in cross-entropy | FVU, training rows | dead in training | tokens/s |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    rows: Rows = {}
     for name, (activations, change) in runs.items():
         if args.only and not any(name.startswith(start) for start in args.only):
             continue
@@ -139,11 +191,16 @@ def main() -> None:
             print(f"| {name} | {error} |", flush=True)
             print(f"{name}: {error}", file=sys.stderr)
             continue
+        rows[name] = row
         print(
             f"| {name} | {row['fvu']:.4f} | {row['l0']:.2f} | {row['dead']:.2%} | {row['delta_ce']:.4f} | "
             f"{row['train_fvu']:.4f} | {row['train_dead']:.2%} | {row['rate']:,.0f} |",
             flush=True,
         )
+    if args.table == "architectures" and sum(name.startswith("TopK ") for name in rows) > 1:
+        show_matched(rows)
+        if args.picture:
+            draw(rows, args.picture)
 
 
 if __name__ == "__main__":

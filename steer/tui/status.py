@@ -40,8 +40,7 @@ def headline(session: Session | None, width: int) -> str:
     if info.hook is not None:
         hook = info.hook.replace("blocks.", "").replace(".hook_", " ").split()
         place = f"{hook[-1]}.{hook[0]}" if len(hook) == 2 else info.hook
-        sae = short(info.latents) if narrow else f"{info.latents:,} {info.sae_kind}"
-        parts.append(f"sae {place} {sae}")
+        parts.append(f"sae {place} {short(info.latents) if narrow else f'{info.latents:,}'} {info.sae_kind}")
     if session.name and not narrow:
         parts.append(session.name)
     steering = session.steering

@@ -67,10 +67,10 @@ class SteeringPanel(Widget, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"steering-panel--chosen", "steering-panel--warning"}
     HELP = (
         "add puts v times the feature's direction into the residual stream after the features are read, whatever the "
-        "feature does itself: it always acts. bias adds v to the feature before the activation, where a feature must pass "
-        "a threshold or win one of k places: a small one may change nothing, a large one may push another out; the "
-        "report says at how many tokens the feature stayed off. clamp sets the feature to v (c again: only where it is on), scale multiplies it, "
-        "ablate takes it out."
+        "feature does itself: it always acts. bias adds v to the feature before the activation, where a feature must "
+        "pass a threshold or win one of k places: a small one may change nothing, a large one may push another out; "
+        "the report says at how many tokens the feature stayed off. clamp sets the feature to v (c again: only where "
+        "it is on), scale multiplies it, ablate takes it out."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "choose(-1)", "Previous edit"),
