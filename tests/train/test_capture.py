@@ -15,6 +15,7 @@ from tests.tiny import byte_tokenizer, tiny_config, tiny_model
 from train.capture import CaptureSummary, Progress, capture
 from train.errors import TrainError
 from train.evaluate import evaluate
+from train.lock import only_process
 from train.reader import ShardReader
 from train.shards import read_manifest, write_json
 from train.text import TextPlan
@@ -65,6 +66,27 @@ def test_a_killed_capture_resumes_to_the_bytes_of_an_unbroken_one(text: Path, tm
     assert 0 < len(read_manifest(tmp_path / "b")["shards"]) < len(read_manifest(tmp_path / "whole")["shards"])
     run(text, tmp_path / "b")
     assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+
+
+def test_a_second_capture_into_a_folder_waits_its_turn(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    with (
+        only_process(tmp_path / "a", "captures"),
+        pytest.raises(TrainError, match=r"process .* captures in .* already"),
+    ):
+        run(text, tmp_path / "a")
+    assert run(text, tmp_path / "a").tokens == 600
+
+
+def test_another_text_is_named_and_not_its_hash(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a")
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text())
+    with pytest.raises(TrainError, match=r"files = \['t.txt'\], not \['other.txt'\]"):
+        run(other, tmp_path / "a")
+    text.write_text("the dog")
+    with pytest.raises(TrainError, match=r"the hash of t.txt = '[0-9a-f]{12}', not '[0-9a-f]{12}'"):
+        run(text, tmp_path / "a")
 
 
 def test_dialogs_in_another_chat_format_are_another_capture(tmp_path: Path) -> None:

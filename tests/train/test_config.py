@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from train.config import (
     AUTO,
+    ONLY,
     TrainConfig,
+    check_effect,
     check_same,
     default_rate,
     kinds,
@@ -181,6 +183,22 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) 
     (tmp_path / "config.toml").write_text("title = 'something else'\n")
     with pytest.raises(TrainError, match="not the config of a run"):
         read_run(tmp_path)
+
+
+def test_a_field_that_does_nothing_is_only_refused_if_it_does_nothing_anywhere() -> None:
+    check_effect([TrainConfig(), TrainConfig(arch="jumprelu")], ["k", "bandwidth", "lr"])
+    for arch, name in (("relu", "k"), ("topk", "sparsity"), ("gated", "prolu_plain"), ("batchtopk", "screen")):
+        with pytest.raises(TrainError, match=f"{name} does nothing where arch is {arch}"):
+            check_effect([TrainConfig(arch=arch)], [name])
+    assert set(ONLY) <= set(kinds())
+
+
+def test_a_kind_without_k_starts_at_twice_its_target() -> None:
+    started = [
+        TrainConfig(l0_target=l0, initial_l0=initial).resolve(16, 100).initial_l0
+        for l0, initial in ((0, 0), (20, 0), (20, 9))
+    ]
+    assert started == [64, 40, 9]
 
 
 def test_what_differs_from_the_run_that_goes_on_is_named() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from train.errors import TrainError
+from train.lock import only_process
 from train.metrics import append_metrics, cut_metrics, obey, read_metrics, tell
 
 
@@ -28,8 +29,12 @@ def test_a_run_is_told_and_obeys_once(tmp_path: Path) -> None:
         tell(tmp_path, "stop")
     (tmp_path / "config.toml").write_text("")
     assert obey(tmp_path) == set()
-    tell(tmp_path, "checkpoint")
-    tell(tmp_path, "stop")
+    with pytest.raises(TrainError, match="no process trains in"):
+        tell(tmp_path, "stop")
+    with only_process(tmp_path):
+        tell(tmp_path, "checkpoint")
+        tell(tmp_path, "stop")
+    (tmp_path / "lock").unlink()
     with (tmp_path / "control").open("a") as handle:
         handle.write("dance\n")
     assert obey(tmp_path) == {"checkpoint", "stop"}

@@ -46,7 +46,7 @@ def steer(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_settings_come_from_a_preset_a_file_and_the_line_each_beating_the_one_before(steer: Any, folder: Path) -> None:
     (folder / "my.toml").write_text('preset = "openai"\nk = 5\nbatch = 256\naccumulate = 2\nclip = 2.0\n')
     told = json.loads(steer("rows", "--out", "a", "--config", "my.toml", *SMALL, "--set", "clip=3", "--json"))
-    assert set(told) == {"steps", "tokens", "fvu", "l0", "dead"} and told["steps"] == 20
+    assert set(told) == {"steps", "tokens", "fvu", "l0", "dead", "measured_on"} and told["steps"] == 20
     config, _ = read_run(folder / "a")
     assert (config.k, config.batch, config.clip, config.ema, config.preset) == (3, 128, 3.0, 0.999, "openai")
     assert config.accumulate == 2 and load_sae(folder / "a" / "sae").config.normalise == "unit_norm"
@@ -71,6 +71,10 @@ def test_settings_come_from_a_preset_a_file_and_the_line_each_beating_the_one_be
         (["--k", "65", "--latents", "64"], "k is 65"),
         (["--device", "mps"], "training runs on cpu or cuda"),
         (["--stream"], "rows"),
+        (["--set", "l0_target=8"], "l0_target does nothing where arch is topk"),
+        (["--arch", "jumprelu", "--k", "8"], "k does nothing where arch is jumprelu"),
+        (["--sweep", "arch=relu,gated", "--set", "bandwidth=1"], "bandwidth does nothing where arch is relu"),
+        (["--set", "revival=none", "--set", "k_aux=8"], "k_aux does nothing where revival is none"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_begun(
@@ -80,7 +84,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_begun(
     assert words in err and "Traceback" not in err and not (folder / "never").exists()
 
 
-def test_a_sweep_is_a_table_and_needs_its_values_to_go_on(steer: Any, folder: Path) -> None:
+def test_a_sweep_is_a_table_and_goes_on_by_itself(steer: Any, folder: Path) -> None:
     table = steer("rows", "--out", "swept", *SMALL, "--sweep", "k=2,4")
     lines = table.splitlines()
     assert lines[0].split() == ["FVU", "L0", "dead"] and [line.split()[0] for line in lines[1:]] == ["k-2", "k-4"]
@@ -89,10 +93,14 @@ def test_a_sweep_is_a_table_and_needs_its_values_to_go_on(steer: Any, folder: Pa
         for line in steer("rows", "--out", "swept", *SMALL, "--sweep", "k=2,4", "--resume", "--json").splitlines()
     ]
     assert [row["run"] for row in rows] == ["k-2", "k-4"] and rows[0]["fvu"] > rows[1]["fvu"]
-    assert "swept holds a sweep" in steer("rows", "--out", "swept", "--resume", code=1)
+    assert "swept holds a sweep" in steer("rows", "--out", "swept", code=1)
+    alone = steer("rows", "--out", "swept", "--resume", "--json", "--threads", "1", "--device", "cpu")
+    assert [json.loads(line) for line in alone.splitlines()] == rows
+    (folder / "swept" / "sweep.json").write_text("{}")
+    assert "sweep.json is not readable" in steer("rows", "--out", "swept", "--resume", code=1)
     assert (
         steer("rows", "--out", "swept/k-2", "--resume", "--json")
-        == json.dumps({k: rows[0][k] for k in ("steps", "tokens", "fvu", "l0", "dead")}) + "\n"
+        == json.dumps({k: rows[0][k] for k in ("steps", "tokens", "fvu", "l0", "dead", "measured_on")}) + "\n"
     )
 
 
@@ -115,7 +123,7 @@ def test_a_trial_says_what_it_takes_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr("train.trial.TRIAL_SECONDS", 0.2)
     lines = steer("rows", "--out", "never", *SMALL, "--dry-run", "--price-per-hour", "2").splitlines()
-    assert [line.split()[0] for line in lines] == ["tokens", "disk", "memory", "time", "money"]
+    assert [line.split()[0] for line in lines] == ["tokens", "disk", "memory", "time", "money", "rows"]
     assert not (folder / "never").exists()
 
 

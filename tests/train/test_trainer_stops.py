@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +115,9 @@ def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on(rows: Path, tmp_pat
         train(rows, out, small(), ask, threads=1)
     assert (out / "checkpoints" / "000000015.safetensors").exists() and not (out / "control").exists()
     assert signal.getsignal(signal.SIGINT) is before
-    tell(out, "stop")  # nobody is there to hear it, and it must not stop the next process
+    with pytest.raises(TrainError, match=f"no process trains in {out}"):
+        tell(out, "stop")
+    (out / "control").write_text("stop\n")  # came too late for the last process, and must not stop the next one
     train(rows, out, resume=True, threads=1)
     assert hashes(out) == hashes(tmp_path / "whole")
 
@@ -129,6 +132,32 @@ def test_a_checkpoint_on_request(rows: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(rows, tmp_path, small(), ask, threads=1)
+
+
+def test_a_checkpoint_is_due_after_some_time_too(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(entry: dict[str, Any]) -> None:
+        if entry["step"] == 5:
+            monkeypatch.setattr("train.trainer.SAVE_SECONDS", 0.0)
+        if entry["step"] == 15:
+            kept = sorted(int(file.stem) for file in (tmp_path / "checkpoints").iterdir())
+            assert kept == [13, 14]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(rows, tmp_path, small(), look, threads=1)
+
+
+def test_a_disk_that_will_be_full_is_noticed_before_the_first_step(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("train.cost.shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+        with pytest.raises(TrainError, match=r"would take .* of disk, and 100.0 kB are free") as caught:
+            train(rows, tmp_path, small(), threads=1)
+    assert "keep=1" in str(caught.value.hint) and not list(tmp_path.glob("checkpoints/*"))
+    train(rows, tmp_path, small(), threads=1, resume=True)
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert 100_000 < written < 1.1 * Trainer(rows, tmp_path, small()).disk_bytes() + 50_000
 
 
 def test_a_full_disk_loses_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
