@@ -194,10 +194,8 @@ def test_a_field_that_does_nothing_is_only_refused_if_it_does_nothing_anywhere()
 
 
 def test_a_kind_without_k_starts_at_twice_its_target() -> None:
-    started = [
-        TrainConfig(l0_target=l0, initial_l0=initial).resolve(16, 100).initial_l0
-        for l0, initial in ((0, 0), (20, 0), (20, 9))
-    ]
+    asked = ((0, 0), (20, 0), (20, 9))
+    started = [TrainConfig(l0_target=l0, initial_l0=start).resolve(16, 100).initial_l0 for l0, start in asked]
     assert started == [64, 40, 9]
 
 
