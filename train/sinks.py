@@ -15,13 +15,21 @@ from train.errors import TrainError
 class Sinks:
     """What entries of a run's metrics are also written to. Use as a context manager; `write` takes an entry."""
 
-    def __init__(self, out: Path, config: TrainConfig | None, *, wandb: str | None = None, tensorboard: bool = False):
-        """`wandb` is a project's name. A run that goes on is gone on with there too, by its id in `RUN/wandb/id.json`.
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig | None,
+        *,
+        wandb: str | None = None,
+        tensorboard: bool = False,
+        first: int = 0,
+    ):
+        """`wandb` is a project's name, `first` the step of the first entry that will come. A run that goes on is gone on with there too, by its id in `RUN/wandb/id.json`.
 
         Raises `TrainError` where the package of a sink is not installed.
         """
         self._wandb = _open_wandb(out, wandb, config) if wandb else None
-        self._board = _open_tensorboard(out) if tensorboard else None
+        self._board = _open_tensorboard(out, first) if tensorboard else None
 
     def write(self, entry: dict[str, Any]) -> None:
         """Numbers under their names, parts of the loss as `losses/NAME`; histograms stay in metrics.jsonl."""
@@ -79,11 +87,11 @@ def _open_wandb(out: Path, project: str, config: TrainConfig | None) -> Any:
         ) from error
 
 
-def _open_tensorboard(out: Path) -> Any:
+def _open_tensorboard(out: Path, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TrainError(
             "--tensorboard needs TensorBoard, which is not installed", "pip install 'steer[train]'"
         ) from error
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first)  # what a killed process wrote of later steps goes

@@ -62,7 +62,7 @@ class Bars:
         def take(entry: dict[str, Any]) -> None:
             nonlocal last, sinks
             if sinks is None and (self._wandb or self._board):
-                sinks = self._sinks(self._out / name)
+                sinks = self._sinks(self._out / name, entry["step"])
             if sinks is not None:
                 sinks.write(entry)
             step, steps = entry["step"], entry["steps"]
@@ -76,10 +76,10 @@ class Bars:
 
         return take
 
-    def _sinks(self, run: Path) -> Sinks:
+    def _sinks(self, run: Path, first: int) -> Sinks:
         """Those of one run, opened at its first entry: its config is written by then, with nothing left open."""
         from train.config import read_run
         from train.sinks import Sinks
 
-        opened = Sinks(run, read_run(run)[0], wandb=self._wandb, tensorboard=self._board)
+        opened = Sinks(run, read_run(run)[0], wandb=self._wandb, tensorboard=self._board, first=first)
         return self._stack.enter_context(opened)
