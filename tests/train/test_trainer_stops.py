@@ -396,15 +396,18 @@ def test_what_is_logged_elsewhere(rows: Path, tmp_path: Path) -> None:
 
     from train.sinks import Sinks
 
-    with Sinks(tmp_path, TrainConfig(), tensorboard=True) as sinks:
-        for step in (5, 10):
-            sinks.write({"step": step, "fvu": 1 / step, "losses": {"aux": 2.0}, "density": {"never": 1}})
+    for steps in ((5, 10), (10, 15)):  # killed after 10, which is made again
+        with Sinks(tmp_path, TrainConfig(), tensorboard=True, first=steps[0]) as sinks:
+            for step in steps:
+                sinks.write({"step": step, "fvu": 1 / step, "losses": {"aux": 2.0}, "density": {"never": 1}})
+        time.sleep(1.1)  # the files are read in the order of their seconds
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert set(board.Tags()["scalars"]) == {"fvu", "losses/aux"}
     assert [(event.step, event.value) for event in board.Scalars("fvu")] == [
         (5, pytest.approx(0.2)),
         (10, pytest.approx(0.1)),
+        (15, pytest.approx(1 / 15)),
     ]
 
 
