@@ -24,8 +24,8 @@ class Sinks:
         tensorboard: bool = False,
         first: int = 0,
     ):
-        """`wandb` is a project's name, `first` the step of the first entry that will come. A run that goes on is gone on
-        with there too, by its id in `RUN/wandb/id.json`.
+        """`wandb` is a project's name, `first` the step of the first entry that will come. A run that goes on is gone
+        on with there too, by its id in `RUN/wandb/id.json`.
 
         Raises `TrainError` where the package of a sink is not installed.
         """
