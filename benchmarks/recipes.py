@@ -137,7 +137,7 @@ def show_matched(rows: Rows) -> None:
     fvu, rise = (curves(rows, figure)["TopK"] for figure in ("fvu", "delta_ce"))
     print("\n| run | L0 | FVU over TopK's at this L0 | rise over TopK's at this L0 |\n|---|---:|---:|---:|")
     for name, row in rows.items():
-        if not name.startswith("TopK "):
+        if not name.startswith("TopK ") and row["l0"] > 0:
             ratios = row["fvu"] / at_l0(fvu, row["l0"]), row["delta_ce"] / at_l0(rise, row["l0"])
             print(f"| {name} | {row['l0']:.2f} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
 
@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="architectures: draw FVU and rise against L0")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.picture and args.table != "architectures":
+        parser.error("--picture draws the architectures")
     tokens = args.tokens or (5_000_000 if args.table == "architectures" else 1_000_000)
     if args.table == "places":
         hooks = sorted(folder for folder in args.activations.iterdir() if (folder / "manifest.json").exists())

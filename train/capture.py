@@ -35,7 +35,6 @@ from train.shards import (
     Background,
     Piece,
     ShardWriter,
-    begin,
     own_manifest,
     read_manifest,
     row_bytes,
@@ -245,8 +244,9 @@ def capture(
     one on the disk that is needed, `on_batch` before each batch; what they raise ends the capture in good order. As
     process `rank` of `ranks` it takes its share of documents and rows, and the summary is of that share.
 
-    Raises `TrainError` if `out` holds a capture of something else, the disk is too small or full, an activation is not
-    finite, or the text holds no token to capture. What is listed in a manifest then stays, and the same call goes on.
+    Raises `TrainError` if `out` holds a capture of something else or another process captures there, the disk is too
+    small or full, an activation is not finite, or the text holds no token to capture. What is listed in a manifest then
+    stays, and the same call goes on.
     """
     points = parse_points(model, hooks)
     if not points or max_tokens < ranks or not files:
@@ -261,7 +261,7 @@ def capture(
         for top, point in zip(tops, points, strict=True):
             what = {"hook": str(point), "d_in": point.width(model.config)} | made_from
             folder, what = share_folder(top, what, rank, ranks)
-            begin(folder, what)
+            folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(only_process(folder, "captures", "wait for it, or choose another folder"))
             writers.append(ShardWriter(folder, what, share, background))
         for writer in writers:

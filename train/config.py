@@ -93,7 +93,7 @@ class TrainConfig(Recipe):
     early_stop: int = 0
     """evaluations without a better held-out FVU after which the run ends; 0 is off"""
     checkpoint_every: int = 500
-    """steps between checkpoints"""
+    """steps between checkpoints, at most: one is also due when the last is ten minutes old"""
     keep: int = 2
     """newest checkpoints that are kept"""
     keep_every: int = 0
@@ -372,7 +372,8 @@ def write_run(out: Path, config: TrainConfig, more: Mapping[str, str]) -> None:
 
 def check_same(out: Path, stored: TrainConfig, asked: TrainConfig) -> None:
     """Raises `TrainError` naming the first field in which a run that is to go on differs from what was asked."""
-    for name, value in asdict(stored).items():
+    chosen_first = sorted(asdict(stored).items(), key=lambda field: field[0] in AUTO[2:])  # the others follow from them
+    for name, value in chosen_first:
         if name != "preset" and value != getattr(asked, name):
             raise TrainError(
                 f"the run in {out} has {name} = {value}, not {getattr(asked, name)}",

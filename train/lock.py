@@ -44,7 +44,9 @@ def is_taken(folder: Path) -> bool:
     try:
         with (folder / "lock").open("r+", encoding="utf-8") as handle:
             holder = handle.read(200).strip()
-            return bool(holder) and not _taken(handle.fileno(), holder)
+            if fcntl is None or holder.partition(" on ")[2] != socket.gethostname():
+                return bool(holder)  # where the system cannot be asked, the file is believed
+            return not _taken(handle.fileno(), holder)
     except OSError:  # no such file: nobody ever was there
         return False
 

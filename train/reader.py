@@ -207,7 +207,8 @@ class ShardReader:
             self.manifest = {name: value for name, value in manifest.items() if name not in ("shards", "done")}
             if not manifest["done"]:
                 asked = manifest.get("max_tokens", 0)
-                self.notice = f"the capture in {self.folder} is not finished: it was asked for {asked:,} rows at most"
+                rows = sum(shard["rows"] for shard in manifest["shards"])
+                self.notice = f"the capture in {self.folder} is not finished: {rows:,} of at most {asked:,} rows"
             entries = [
                 {name: shard[name] for name in ("name", "rows", "bytes", "sha256")} for shard in manifest["shards"]
             ]

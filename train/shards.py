@@ -136,11 +136,11 @@ def share_folder(folder: Path, made_from: dict[str, Any], rank: int, ranks: int)
         return folder, made_from
     made_from = made_from | {"ranks": ranks}
     if rank == 0:
-        begin(folder, made_from)
+        _begin(folder, made_from)
     return folder / f"rank-{rank:02}", made_from | {"rank": rank}
 
 
-def begin(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that holds this capture or is new. `TrainError` if it holds another."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "manifest.json").exists():
@@ -292,7 +292,7 @@ class ShardWriter:
         self._per_shard = max(1, int(made_from["shard_bytes"]) // (2 * int(made_from["d_in"])))
         self._waiting: list[Piece] = []
         self._waiting_rows = 0
-        self.manifest = begin(folder, made_from)
+        self.manifest = _begin(folder, made_from)
         self.damaged: list[str] = []
         """What was wrong with shards that are made again, one sentence each."""
         self._gaps = deque(self._find_gaps(rows))

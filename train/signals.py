@@ -10,9 +10,9 @@ from types import FrameType
 class StoppedError(Exception):
     """A run was stopped on request, after a checkpoint; `steer train --resume` goes on with it."""
 
-    def __init__(self, step: int, steps: int, *, signalled: bool):
+    def __init__(self, step: int, steps: int):
         super().__init__(f"stopped at step {step:,} of {steps:,}, with a checkpoint")
-        self.step, self.steps, self.signalled = step, steps, signalled
+        self.step, self.steps = step, steps
 
 
 @contextmanager

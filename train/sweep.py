@@ -81,13 +81,15 @@ def sweep(
     members: Sequence[dict[str, Any]],
     on_progress: Callable[[str], Progress | None] = lambda name: None,
     *,
+    begun: Callable[[], None] = lambda: None,
     resume: bool = False,
     threads: int = 1,
     team: Team = ALONE,
     device: str = "cpu",
 ) -> dict[str, TrainSummary | TrainError]:
     """Trains a member for each dict of values that differ from `config`; by its folder's name, what came of it: an
-    error where its loss was no longer a number. `on_progress` gives each member what to call with its metrics."""
+    error where its loss was no longer a number. `on_progress` gives each member what to call with its metrics;
+    `begun` is called once nothing was found that stands against the sweep."""
     names = [member_name(values) for values in members]
     for name in names if team.rank == 0 else []:
         check_folder(out / name, resume)
@@ -103,6 +105,8 @@ def sweep(
         )
         for name, values in zip(names, members, strict=True)
     ]
+    if team.rank == 0:
+        begun()
     summaries = iter(run_together(trainers))
     return {name: trainer.fault or next(summaries) for name, trainer in zip(names, trainers, strict=True)}
 

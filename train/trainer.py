@@ -69,7 +69,7 @@ class TrainSummary:
     l0: float
     dead: float
     """share of latents never active in the last 1 M training tokens"""
-    measured_on: str = ""
+    measured_on: str
     """the rows of which `fvu` and `l0` speak"""
 
 
@@ -178,11 +178,6 @@ class Trainer:
                 f"the checkpoint of step {saved[0]:,} in {out} does not fit this program ({error})",
                 "train again in another folder",
             ) from error
-        if not stored and team.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            folder = getattr(self.source, "folder", None)
-            where = {"activations": str(folder.resolve()) if folder else "stream"}
-            write_run(out, self.config, where | {"activations_sha256": self.source.digest})
         self.activity = ActivityLog(out / "activity")
 
     @property
@@ -193,6 +188,13 @@ class Trainer:
     def tokens(self) -> int:
         """Training tokens so far, those of all processes."""
         return self.step * self.config.batch
+
+    def begin(self) -> None:
+        """Writes the config of a run that is new."""
+        if not (self.out / "config.toml").exists():
+            folder = getattr(self.source, "folder", None)
+            where = {"activations": str(folder.resolve()) if folder else "stream"}
+            write_run(self.out, self.config, where | {"activations_sha256": self.source.digest})
 
     def advance(self, x_BD: Tensor) -> None:
         """One step on this process's rows of the batch, unscaled."""
@@ -293,7 +295,8 @@ class Trainer:
         if not (folder / "cfg.json").is_file():
             return None
         try:
-            return TrainSummary(**json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            return TrainSummary(**{"measured_on": manifest["measured_on"]} | manifest["metrics"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(
                 f"{folder} does not say what was measured of it ({error})",
@@ -304,15 +307,13 @@ class Trainer:
         """What this run's checkpoints, snapshots and SAE will take on disk, about."""
         config, size = self.config, self.team.shards
         state = sum(tensor.numel() * tensor.element_size() for tensor in self.state.state().values()) * size
-        weights = 4 * sum(weight.numel() for weight in self.state.final_weights().values()) * size
+        weights = 4 * sum(weight.numel() for weight in self.state.weights.values()) * size
         kept = config.keep + 1 + (config.steps // config.keep_every if config.keep_every else 0)
-        checkpoints = state * min(kept, -(-config.steps // config.checkpoint_every) + 1)
         snapshots = ACTIVITY_BYTES * config.latents * (config.steps // config.evaluate_every + 1)
-        return checkpoints + snapshots + weights + 3 * 4 * config.latents
+        return state * kept + snapshots + weights + 3 * 4 * config.latents
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        self.saved = time.monotonic()
         numbers = {
             "scale": asdict(self.scale),
             "variance": self.state.variance,
@@ -323,6 +324,7 @@ class Trainer:
         }
         tensors = self.state.state() | {"random": torch.get_rng_state()}
         self.checkpoints.save(self.step, tensors, numbers, self.config.keep, self.config.keep_every)
+        self.saved = time.monotonic()
 
     def _load(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Takes over what `save` wrote."""
@@ -345,11 +347,14 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainSummary]:
     with ExitStack() as stack:
         for trainer in trainers if first.team.rank == 0 else []:
             if trainer.written() is None:
+                trainer.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_process(trainer.out))
         done = {trainer.out: trainer.written() for trainer in trainers}
         going = [trainer for trainer in trainers if done[trainer.out] is None]
         if going and first.team.rank == 0:
             _check_room(going)
+            for trainer in going:
+                trainer.begin()
         _to_the_last_step(going, alone=len(trainers) == 1)
         for trainer in going:
             with _left_out(trainer, alone=len(trainers) == 1):
@@ -363,9 +368,9 @@ def _check_room(going: Sequence[Trainer]) -> None:
     """Raises `TrainError` where the disk would be full before the runs are finished."""
     needed = 0
     for trainer in going:
-        there = sum(file.stat().st_size for file in (trainer.out / "checkpoints").glob("*.safetensors"))
-        needed += max(0, trainer.disk_bytes() - there)
-    check_room(going[0].out, needed, "make room, choose another disk, or keep fewer checkpoints: --set keep=1")
+        files = (file for part in ("checkpoints", "activity") for file in (trainer.out / part).glob("*.safetensors"))
+        needed += max(0, trainer.disk_bytes() - sum(file.stat().st_size for file in files))
+    check_room(going[0].out, needed, "make room, or begin on another disk, or with fewer checkpoints: --set keep=1")
 
 
 def _to_the_last_step(going: Sequence[Trainer], *, alone: bool) -> None:
@@ -395,14 +400,14 @@ def _to_the_last_step(going: Sequence[Trainer], *, alone: bool) -> None:
             for trainer in going if team.rank == 0 else []:
                 words |= obey(trainer.out)
             behind = [trainer for trainer in behind if not (trainer.finished or trainer.fault)]
-            if any(time.monotonic() > trainer.saved + SAVE_SECONDS for trainer in behind):
+            if team.rank == 0 and behind and time.monotonic() > max(t.saved for t in behind) + SAVE_SECONDS:
                 words.add("checkpoint")
             if team.size > 1:
                 words = _agreed(words, team)
             for trainer in behind if words else []:
                 trainer.save()
             if "stop" in words and behind:
-                raise StoppedError(behind[0].step, behind[0].config.steps, signalled=bool(told))
+                raise StoppedError(behind[0].step, behind[0].config.steps)
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from train.presets import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
-    from train.reader import Source
+    from train.reader import ShardReader, Source
 
 MOST_ROWS = 1_000_000
 """Rows that are captured from a text; a longer run reads them again, reshuffled."""
@@ -78,7 +79,9 @@ def run(
     batch: Annotated[int | None, typer.Option(help="Tokens in a step.", metavar="N")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: from the width).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of first weights and row order.", metavar="N")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", metavar="N")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints at most.", metavar="N")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small SAE in minutes.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, or start it.")] = False,
     preset: Annotated[str | None, typer.Option(help=f"Where defaults come from. {TOLD}.", metavar="NAME")] = None,
@@ -121,7 +124,7 @@ def run(
     values: dict[str, Any] = (read_settings(config) if config else {}) | said
     named = preset or ("quick" if quick else values.pop("preset", None))
     values.pop("preset", None)
-    if resume and not sweep and (kept := read_sweep(out)):
+    if resume and not sweep and not (out / "config.toml").exists() and (kept := read_sweep(out)):
         sweep, named, values = kept[0], named or kept[1], kept[2] | values
     members = parse_sweep(sweep or [])
     rates = _rates(lr_sweep)
@@ -132,9 +135,9 @@ def run(
     check_folder(out, resume or dry_run)
     stored = read_run(out)[0] if (out / "config.toml").exists() else None
     if not stored and not members and any(out.glob("*/config.toml")):
-        raise SteerError(f"{out} holds a sweep", "give the same --sweep to go on with it, or choose another folder")
+        raise SteerError(f"{out} holds a sweep", "go on with it with --resume, or choose another folder")
     chosen = _config(stored, named, values)
-    check_effect([replace(chosen, **member) for member in members or [{}]], said)
+    check_effect([replace(chosen, **member) for member in members or [{}]], [*said, *(members[0] if members else ())])
     if stored and rates is not None:
         chosen = replace(chosen, lr=stored.lr)  # it was found when the run began
     device = _device(settings)
@@ -152,9 +155,8 @@ def run(
                 if rates is not None and not stored:
                     chosen = replace(chosen, lr=_searched(rows, out, chosen, rates, bars, options))
                 if members:
-                    if team.rank == 0:
-                        write_sweep(out, sweep or [], named, values)
-                    found = run_sweep(rows, out, chosen, members, bars.of, resume=resume, **options)
+                    keep = partial(write_sweep, out, sweep or [], named, values)
+                    found = run_sweep(rows, out, chosen, members, bars.of, begun=keep, resume=resume, **options)
                 else:
                     summary = asdict(train(rows, out, chosen, bars.of(""), resume=resume, **options))
         if members:
@@ -168,8 +170,7 @@ def run(
             _compare(summary["l0"], chosen)
     except StoppedError as stop:
         narrate(f"{stop}; the same command with --resume goes on")
-        if stop.signalled:
-            raise typer.Exit(ExitCode.INTERRUPTED) from stop
+        raise typer.Exit(ExitCode.INTERRUPTED) from stop
     finally:
         team.leave()
 
@@ -207,9 +208,9 @@ def _tell(of: Path, word: str) -> None:
     from train.metrics import tell
 
     members = sorted(file.parent for file in of.glob("*/config.toml"))
-    for member in [member for member in members if is_taken(member)] or [of]:
+    for member in [member for member in members if is_taken(member)] or members[:1] or [of]:
         tell(member, word)
-    narrate(f"{of} was told: {word}; it obeys when its step is finished")
+    narrate(f"{of} was told: {word}; it obeys between two steps")
 
 
 def _config(stored: TrainConfig | None, preset: str | None, values: dict[str, Any]) -> TrainConfig:
@@ -255,15 +256,22 @@ def _rows(source: Path, out: Path, config: TrainConfig, settings: Settings, stre
     from train.inputs import open_rows
 
     if source.is_dir() and not stream:
-        rows = open_rows(source, config)
-        if rows.notice:
-            narrate(rows.notice)
-        return rows
+        return _opened(source, config)
     check_files([source])
     if stream:
         return _streamed(source, config, settings)
     capture_files(load_whole(settings), settings, [source], out / "activations", None, _asked(config))
     return open_rows(out / "activations", config)
+
+
+def _opened(folder: Path, config: TrainConfig) -> ShardReader:
+    """The rows of a folder; says what a person should know of them."""
+    from train.inputs import open_rows
+
+    rows = open_rows(folder, config)
+    if rows.notice:
+        narrate(rows.notice)
+    return rows
 
 
 def _searched(
@@ -327,14 +335,13 @@ def _show_cost(
         raise SteerError("a trial is for one process", "run it without torchrun, on one of the machines")
     from train.capture import Job
     from train.cost import added
-    from train.inputs import open_rows
     from train.text import TextPlan
     from train.trial import runs_cost, text_cost
 
     options: dict[str, Any] = {"threads": _threads(settings), "device": device, "price_per_hour": price}
     parts, reads = {}, ""
     if source.is_dir() and not stream:
-        rows = open_rows(source, config)
+        rows = _opened(source, config)
         cost = runs_cost(rows, config, members, tried, **options)
         reads = f"rows    {rows.rows:,}, each read {cost.tokens / rows.rows:.1f} times"
     elif stream:

@@ -68,7 +68,7 @@ def test_a_killed_capture_resumes_to_the_bytes_of_an_unbroken_one(text: Path, tm
     assert contents(tmp_path / "b") == contents(tmp_path / "whole")
 
 
-def test_a_second_capture_into_a_folder_waits_its_turn(text: Path, tmp_path: Path) -> None:
+def test_a_second_capture_into_a_folder_is_refused(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "a")
     with (
         only_process(tmp_path / "a", "captures"),

@@ -13,6 +13,7 @@ from tests.tiny import write_tiny_checkpoint
 from tests.train.known_rows import write_rows
 from train.config import TrainConfig, read_run
 from train.cost import Cost
+from train.lock import only_process
 from train.metrics import read_metrics
 
 SMALL = ("--latents", "64", "--k", "3", "--tokens", "2560", "--batch", "128", "--threads", "1", "--device", "cpu")
@@ -75,6 +76,7 @@ def test_settings_come_from_a_preset_a_file_and_the_line_each_beating_the_one_be
         (["--arch", "jumprelu", "--k", "8"], "k does nothing where arch is jumprelu"),
         (["--sweep", "arch=relu,gated", "--set", "bandwidth=1"], "bandwidth does nothing where arch is relu"),
         (["--set", "revival=none", "--set", "k_aux=8"], "k_aux does nothing where revival is none"),
+        (["--arch", "relu", "--sweep", "k=2,4"], "k does nothing where arch is relu"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_begun(
@@ -96,6 +98,11 @@ def test_a_sweep_is_a_table_and_goes_on_by_itself(steer: Any, folder: Path) -> N
     assert "swept holds a sweep" in steer("rows", "--out", "swept", code=1)
     alone = steer("rows", "--out", "swept", "--resume", "--json", "--threads", "1", "--device", "cpu")
     assert [json.loads(line) for line in alone.splitlines()] == rows
+    asked = (folder / "swept" / "sweep.json").read_text()
+    assert "already holds a run" in steer("rows", "--out", "swept", *SMALL, "--sweep", "k=2,8", code=1)
+    assert "has tokens = 2560" in steer("rows", "--out", "swept", "--resume", "--tokens", "128", code=1)
+    assert (folder / "swept" / "sweep.json").read_text() == asked, "a call that was refused leaves no trace"
+    assert "no process trains in swept" in steer("stop", "swept", code=1)
     (folder / "swept" / "sweep.json").write_text("{}")
     assert "sweep.json is not readable" in steer("rows", "--out", "swept", "--resume", code=1)
     assert (
@@ -187,8 +194,10 @@ def test_a_text_is_streamed_with_no_activations_on_disk(steer: Any, folder: Path
 def test_words_to_a_run_and_a_page_about_it(steer: Any, folder: Path) -> None:
     pytest.importorskip("matplotlib")
     steer("rows", "--out", "told", *SMALL)
-    steer("stop", "told")
-    steer("checkpoint", "told")
+    assert "no process trains in told" in steer("stop", "told", code=1)
+    with only_process(folder / "told"):
+        steer("stop", "told")
+        steer("checkpoint", "told")
     assert (folder / "told" / "control").read_text().split() == ["stop", "checkpoint"]
     assert "holds no run" in steer("stop", "nowhere", code=1)
     page = Path(steer("report", "told", "--out", "page").strip())
