@@ -398,7 +398,7 @@ class SteeringPanel(Widget, can_focus=True):
         if edit.kind == "ablate" and found.before is not None:
             return f"was {palette.number(found.before)} mean last reply"
         if found.lost:
-            return f"fired {palette.number(found.after)} mean, off at {found.lost} of {found.positions}"
+            return f"fired {palette.number(found.after)} mean, off {found.lost} of {found.positions}"
         return f"fired {palette.number(found.after)} mean last reply"
 
     def _reported(self, edit: Edit) -> EditReport | None:

@@ -47,7 +47,7 @@ def test_text_becomes_an_sae_and_steers_a_reply(steer: Any, folder: Path) -> Non
     assert steer("capture", "text.txt", "--out", "acts", "--model", "model")[-1] == captured
     sizes = ("--latents", "64", "--k", "4", "--tokens", "4096", "--batch", "128")
     trained = steer("train", "acts", "--out", "run", *sizes)[-1]
-    assert set(trained) == {"steps", "tokens", "fvu", "l0", "dead"} and trained["steps"] == 32
+    assert set(trained) == {"steps", "tokens", "fvu", "l0", "dead", "measured_on"} and trained["steps"] == 32
     assert steer("train", "acts", "--out", "run", "--resume")[-1] == trained
     with_sae = ("--model", "model", "--sae", "run/sae")
     counts = steer("label", "collect", "text.txt", "--out", "labels.db", *with_sae)[-1]

@@ -224,7 +224,7 @@ async def test_no_line_is_cut_at_the_widths_of_the_side_pane_and_the_sheet(width
         await pilot.pause()
         rows = app.rows()
         assert any(row.startswith("total  ") and row.endswith("fall apart") for row in rows)
-        assert sum(row.endswith("off at 100 of 128") for row in rows) == 4
+        assert sum(row.endswith("off 100 of 128") for row in rows) == 4
         assert any("where  " in row for row in rows)
         assert rows[-1] == "" or "R send again" in "".join(rows)
 
@@ -247,7 +247,7 @@ async def test_rows_say_what_the_last_reply_reported() -> None:
         told = [row.strip() for row in app.rows()]
         assert "fired 9.8 mean last reply" in told, "also once the strength has changed"
         assert "was 2.3 mean last reply" in told
-        assert "fired 1.5 mean, off at 7 of 40" in told
+        assert "fired 1.5 mean, off 7 of 40" in told
         assert "acted nowhere in the last reply" in told
         app.show(steering("1 +1x"), None)
         assert not any("reply" in row for row in app.rows())
