@@ -312,7 +312,7 @@ def check_effect(configs: Sequence[TrainConfig], names: Iterable[str]) -> None:
             decides, values = ONLY[name]
             raise TrainError(
                 f"{name} does nothing where {decides} is {getattr(configs[0], decides)}",
-                f"leave it out; it is for {decides} {' and '.join(values)}",
+                f"leave it out; it is for {decides} {', '.join(values)}",
             )
 
 
