@@ -67,7 +67,7 @@ class KVCache:
         """Keep, from now on, the residual from which everything that `point` can change is run again: that at `point`
         itself between two blocks, else that at the start of its block."""
         assert not any(self.lengths), "what was read before would be missing"
-        self.kept_at = point if point.site == "resid_post" else HookPoint(point.layer, "resid_pre")
+        self.kept_at = point.entry
         with torch.inference_mode(False):
             self._resid_BSD = torch.zeros(
                 self.rows, self.capacity, self.config.d_model, dtype=self.dtype, device=self.device

@@ -21,7 +21,7 @@ from llama_3.checkpoint import load_model
 from llama_3.config import read_config, read_generation_defaults
 from llama_3.generate import ReplyText
 from llama_3.gguf_file import hold_header
-from llama_3.hooks import Hooks
+from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
 from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
@@ -29,7 +29,7 @@ from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sae.checkpoint import load_sae
-from sae.intervene import CompiledSet, Steerer
+from sae.intervene import Steerer
 from sae.model import SAE
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
 from steer.device import check_fit, choose_placement, sae_bytes
@@ -37,8 +37,9 @@ from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
 from steer.replies import Held, Replies, Row, hits_by_row, prompt_events
-from steer.resolve import Resolver, check_labels, check_together, hook_of
+from steer.resolve import Compiled, Resolver, by_hook, check_labels, check_together
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
+from steer.steerers import Steerers, in_order
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
 
@@ -60,7 +61,7 @@ class Engine:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        sae: SAE | None = None,
+        sae: SAE | Sequence[SAE] | None = None,
         index: LabelIndex | None = None,
         *,
         name: str = "model",
@@ -69,24 +70,24 @@ class Engine:
         quantized: Scheme | None = None,
         reason: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.sae, self.index = model, tokenizer, sae, index
+        self.model, self.tokenizer, self.index = model, tokenizer, index
+        self.saes = by_hook([sae] if isinstance(sae, SAE) else sae or ())
         self.chat_format = chat_format or ChatFormat(tokenizer)
         self._quantized, self._reason = quantized, reason
         self._defaults = defaults or Sampling()
         self._lock = threading.Lock()
         self._held: Held | None = None
-        self._hook = hook_of(sae) if sae else None
-        if sae:
-            check_together(model.config, sae, index)
-            sae.prepare()
-        self._name, self._resolver = name, Resolver(sae)
+        for place, one in enumerate(self.saes.values()):
+            check_together(model.config, one, None if place else index)
+            one.prepare()
+        self._name, self._resolver = name, Resolver(model.config, self.saes)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
     @classmethod
     def load(
         cls,
         model: str | Path | None = None,
-        sae: str | Path | None = None,
+        sae: str | Path | Sequence[str | Path] | None = None,
         labels: str | Path | None = None,
         *,
         device: str = "auto",
@@ -97,7 +98,9 @@ class Engine:
         chat_format: str | None = None,
         compile: bool = False,
     ) -> Engine:
-        """The engine of a model, an SAE folder and a label index; the shipped demo where `model` is None.
+        """The engine of a model, SAE folders and a label index; the shipped demo where `model` is None.
+
+        Of several SAEs, each at a hook point of its own, the labels and the features shown are the first one's.
 
         `model` is a folder, a GGUF file or a hub id, which is downloaded when it is not there. The shipped SAE and
         labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (as stored), float32,
@@ -126,15 +129,16 @@ class Engine:
         check_vocabulary(tokenizer, config)
         spelled = load_chat_format(path, tokenizer, chat_format)
         index = LabelIndex(Path(labels), read_only=True) if labels else None
-        encoder = load_sae(Path(sae), where.device) if sae else None
-        keep = hook_of(encoder).layer + 1 if encoder and not quantize_all else 0
-        if encoder:
-            check_together(config, encoder, index)
-        if sae and index and labels != DEMO_LABELS:
-            check_labels(Path(sae), index)
+        folders = [Path(one) for one in ([sae] if isinstance(sae, str | Path) else sae or ())]
+        saes = by_hook([load_sae(folder, where.device) for folder in folders])
+        keep = 0 if quantize_all else max((hook.layer + 1 for hook in saes), default=0)
+        for place, one in enumerate(saes.values()):
+            check_together(config, one, None if place else index)
+        if folders and index and labels != DEMO_LABELS:
+            check_labels(folders[0], index)
         if compile and where.device == "cpu" and not _has_compiler():
             raise SteerError("`--compile` needs a C++ compiler, and here is none", "install g++, or leave it out")
-        size = sae_bytes(encoder.config, where.device) if encoder else 0
+        size = sum(sae_bytes(one.config, where.device) for one in saes.values())
         together(partial(check_fit, share(config, world()), path, where, quantize, size, keep))
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
@@ -149,7 +153,7 @@ class Engine:
         return cls(
             transformer,
             tokenizer,
-            encoder,
+            list(saes.values()),
             index,
             name="Llama-Tale-14M" if path == DEMO_MODEL else model_name(path),
             defaults=Sampling(generation.temperature, generation.top_p),
@@ -157,6 +161,11 @@ class Engine:
             quantized=quantize,
             reason=where.reason,
         )
+
+    @property
+    def sae(self) -> SAE | None:
+        """The first SAE, whose features are shown."""
+        return next(iter(self.saes.values()), None)
 
     @property
     def info(self) -> EngineInfo:
@@ -212,16 +221,15 @@ class Engine:
         each = [drawn] * len(rows) if isinstance(drawn, Sampling) else list(drawn)
         assert len(rows) == len(seeds) == len(each), "one seed and one sampling per row"
         token_sampling = [TokenSampling(**asdict(one)) for one in each]
+        special, said = self.tokenizer.special_ids, {number: row.said for number, row in enumerate(rows)}
+        steerers = Steerers(self.saes, self._resolver, special, hits and bool(self.saes), said)
         replies = Replies(
             self.model,
             self.tokenizer,
-            self.sae,
-            self._hook,
-            self._resolver,
+            steerers,
             self._stop_ids,
             rows,
             lambda: self._sets(steering, len(rows)),
-            hits,
             alternatives,
         )
         return self._run(
@@ -243,19 +251,23 @@ class Engine:
         stop: threading.Event,
     ) -> Iterator[Event]:
         with self._lock:
-            if reuse and (replies.recording or self.sae is None):
+            if reuse and (replies.steerers.recording or not self.saes):
                 [row] = replies.rows
-                self._held = replies.held = self._room(len(row.prompt) + max_tokens)
+                [steering] = replies.sets()
+                points = in_order([*self.saes, *self.compile(steering)])
+                self._held = replies.held = self._room(len(row.prompt) + max_tokens, points[0] if points else None)
             yield from replies.write(sampling, seeds, max_tokens, stop)
 
-    def _room(self, tokens: int) -> Held:
-        """What is held of the last chat, with room for so many tokens; it grows by half at least."""
+    def _room(self, tokens: int, lowest: HookPoint | None) -> Held:
+        """What is held of the last chat, with room for so many tokens; it grows by half at least. A chat that kept the
+        residual only above the lowest hook point is read anew."""
         context, held = self.model.config.max_context, self._held
         tokens = min(tokens, context)
-        if held is None:
+        kept = held.cache.kept_at if held is not None else None
+        if held is None or (lowest is not None and (kept is None or in_order([lowest.entry, kept])[0] != kept)):
             cache = self.model.new_cache(1, tokens)
-            if self._hook is not None:
-                cache.keep(self._hook)
+            if lowest is not None:
+                cache.keep(lowest)
             return Held(cache)
         if held.cache.capacity < tokens:
             held.cache = held.cache.fork(0, 1, min(context, max(tokens, held.cache.capacity * 3 // 2)))
@@ -285,15 +297,16 @@ class Engine:
 
     def inspect(self, text: str, *, chat: bool = False) -> tuple[TokenEvent, ...]:
         """The tokens of a text with every latent active on them; BOS is index 0, its hits are empty."""
-        if self.sae is None or self._hook is None:
+        if not self.saes:
             raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`")
+        hook, sae = next(iter(self.saes.items()))
         ask = Prompt(messages=(("user", text),)) if chat else Prompt(text=text)
         row = self._read(ask, 0)
         with self._lock, torch.inference_mode():
             tokens_BT = torch.tensor([row.prompt], device=self.model.device)
-            steerer, hooks = Steerer(self.sae, self.tokenizer.special_ids, recording=True), Hooks()
-            hooks.add(self._hook, steerer)
-            self.model.forward(tokens_BT, hooks=hooks, stop_after=self._hook)
+            steerer, hooks = Steerer(sae, self.tokenizer.special_ids, recording=True), Hooks()
+            hooks.add(hook, steerer)
+            self.model.forward(tokens_BT, hooks=hooks, stop_after=hook)
         return prompt_events(self.tokenizer, 0, row.prompt, hits_by_row(steerer.records[0])[0])
 
     def _read(self, prompt: Prompt, max_tokens: int, stop_strings: Sequence[str] = ()) -> Row:
@@ -302,13 +315,14 @@ class Engine:
         if prompt.text is None:
             budget = context - min(max_tokens, context // 4)
             messages = [Message(role, content) for role, content in prompt.messages]
-            tokens, _, dropped = self.chat_format.fit_dialog(messages, budget)
+            tokens, spans, dropped = self.chat_format.fit_dialog(messages, budget)
+            said = [(span.content_start, span.content_end) for span in spans if span.role == "assistant"]
         else:
             text = prompt.text.removeprefix(self.tokenizer.token_text(self.tokenizer.bos_id))
-            tokens, dropped = self.tokenizer.encode(text, bos=True), 0
+            tokens, dropped, said = self.tokenizer.encode(text, bos=True), 0, []
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
-        return Row(tokens, dropped, ReplyText(self.tokenizer, stop_strings, opens=prompt.text is None))
+        return Row(tokens, dropped, ReplyText(self.tokenizer, stop_strings, opens=prompt.text is None), said)
 
     def _sets(self, steering: Steering, rows: int) -> list[SteeringSet]:
         if callable(steering):
@@ -318,8 +332,8 @@ class Engine:
 
     # -- edits ------------------------------------------------------------------------------------------------------
 
-    def compile(self, steering: SteeringSet) -> CompiledSet:
-        """The live edits with raw strengths; a `SteerError` for one that cannot run here."""
+    def compile(self, steering: SteeringSet) -> Compiled:
+        """By hook point, the live edits with raw strengths; a `SteerError` for one that cannot run here."""
         return self._resolver.compile(steering)
 
     def check(self, edit: Edit) -> None:

@@ -86,6 +86,15 @@ class EditReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """The set under which tokens were read from a position on."""
+
+    first: int
+    edits: tuple[str, ...]
+    """Its live edits as written; none while the set is empty or bypassed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The engine's word on a reply. The interface says "steered" from this alone."""
 
@@ -97,6 +106,8 @@ class Report:
     first: int | None = None
     """First and last position at which an edit acted."""
     last: int | None = None
+    carried: tuple[Carried, ...] = ()
+    """Which positions carried which set: each from its first on, up to the next one's."""
 
     @property
     def steered(self) -> bool:

@@ -17,15 +17,15 @@ import torch
 
 from llama_3.cache import KVCache
 from llama_3.generate import ReplyText, Step, rerun, stream_steps
-from llama_3.hooks import HookPoint, Hooks
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer
-from sae.intervene import NO_EDITS, CompiledEdit, CompiledSet, Record, Steerer, Tally, Trace
-from sae.model import SAE
+from sae.gate import Ranges
+from sae.intervene import Record, Tally, Trace
 from steer.edits import SteeringSet
-from steer.events import Alternative, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
-from steer.resolve import Resolver
+from steer.events import Alternative, Carried, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
+from steer.resolve import Compiled
+from steer.steerers import EditAt, Steerers, in_order
 
 Hits = tuple[LatentHit, ...]
 
@@ -41,6 +41,8 @@ class Row:
     dropped: int
     """Messages that were left out of the prompt."""
     text: ReplyText
+    said: Ranges = ()
+    """Positions of what the assistant said in earlier turns."""
     hits: list[Hits] = field(default_factory=list)
     """Those of the prompt's tokens read so far."""
     pending: Step | None = None
@@ -55,8 +57,14 @@ class Row:
     ran: bool = False
     """Whether the set has run since the last step."""
     done: bool = False
-    sets: list[SteeringSet] = field(default_factory=list)
-    """Every set that was in force, for the report's wording."""
+    sets: list[tuple[int, SteeringSet]] = field(default_factory=list)
+    """Every set that was in force, with the first position that was read under it."""
+
+    @property
+    def reads(self) -> int:
+        """The position that the next pass reads, or 0 before the prompt is read."""
+        made = self.length + (self.pending is not None)
+        return len(self.prompt) + made - 1 if made else 0
 
 
 @dataclass(slots=True)
@@ -65,10 +73,10 @@ class Held:
 
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
-    sets: list[CompiledSet] = field(default_factory=list)
+    sets: list[Compiled] = field(default_factory=list)
     """What of the set in force could act there."""
     hits: list[Hits] = field(default_factory=list)
-    traces: dict[CompiledEdit, list[Trace]] = field(default_factory=dict)
+    traces: dict[EditAt, list[Trace]] = field(default_factory=dict)
 
     def cut(self, length: int) -> None:
         """Forget what stands from position `length` on."""
@@ -84,29 +92,18 @@ class Held:
 
 @dataclass(slots=True)
 class Replies:
-    """Writes a batch of replies with one model and, where there is one, one SAE."""
+    """Writes a batch of replies with one model and the steerers at its hook points."""
 
     model: Transformer
     tokenizer: Tokenizer
-    sae: SAE | None
-    hook: HookPoint | None
-    resolver: Resolver
+    steerers: Steerers
     stop_ids: frozenset[int]
     rows: list[Row]
     sets: Callable[[], list[SteeringSet]]
-    """The set of each row, asked for before every forward pass."""
-    recording: bool
+    """The set of each row, asked for before the prompts are read and then before every token."""
     alternatives: int = 5
     held: Held | None = None
     """What is known of the only row's tokens; brought up to date and added to."""
-    _steerer: Steerer | None = None
-    _hooks: Hooks = field(default_factory=Hooks)
-    _compiled: dict[SteeringSet, CompiledSet] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.sae is not None and self.hook is not None:
-            self._steerer = Steerer(self.sae, self.tokenizer.special_ids, recording=self.recording)
-            self._hooks.add(self.hook, self._steerer)
 
     def write(
         self,
@@ -117,8 +114,9 @@ class Replies:
     ) -> Iterator[Event]:
         """The events of all rows, as they come."""
         started = time.perf_counter()
+        self._set_up()
         self._take_up(stop)
-        reading = self.recording and self._steerer is not None
+        reading = self.steerers.recording
         passes = stream_steps(
             self.model,
             [row.prompt for row in self.rows],
@@ -127,7 +125,7 @@ class Replies:
             max_tokens=max_tokens,
             stop_ids=self.stop_ids,
             texts=[row.text for row in self.rows],
-            hooks=self._hooks,
+            hooks=self.steerers.hooks,
             cache=self.held.cache if self.held else None,
             stop=stop,
             alternatives=self.alternatives,
@@ -135,7 +133,8 @@ class Replies:
         )
         read = False
         while True:
-            self._set_up()
+            if read:
+                self._set_up()
             live = [number for number, row in enumerate(self.rows) if not row.done]
             writing = [number for number in live if self.rows[number].finish != "length"]
             steps = next(passes, None)
@@ -189,62 +188,65 @@ class Replies:
         """Take the sets for the next pass."""
         sets = self.sets()
         for row, one in zip(self.rows, sets, strict=True):
-            if not row.done and (not row.sets or row.sets[-1] is not one):
-                row.sets.append(one)
-        if self._steerer is not None:
-            # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
-            for one in sets:
-                if one not in self._compiled:
-                    self._compiled[one] = self.resolver.compile(one)
-            self._steerer.sets = {
-                number: self._compiled[one] for number, one in enumerate(sets) if self.rows[number].finish != "length"
-            }
+            if not row.done and row.finish != "length" and (not row.sets or row.sets[-1][1] != one):
+                row.sets.append((row.reads, one))
+        # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
+        self.steerers.take({number: one for number, one in enumerate(sets) if self.rows[number].finish != "length"})
 
-    def _at(self, position: int) -> CompiledSet:
-        """What acts at a position of the only row in this pass."""
-        compiled = self._steerer.sets.get(0, NO_EDITS) if self._steerer else NO_EDITS
-        return compiled.at(position >= len(self.rows[0].prompt) - 1)
+    def _at(self, position: int) -> Compiled:
+        """What could act at a position of the only row in this pass."""
+        return self.steerers.at(0, position, len(self.rows[0].prompt))
 
     def _take_up(self, stop: threading.Event) -> None:
-        """Bring what is held up to date with the prompt and the set: the layers above the hook are run again where the
-        set would now act otherwise."""
+        """Bring what is held up to date with the prompt and the set: the layers above the first hook point are run
+        again from the first position where the set would now act otherwise."""
         if self.held is None:
             return
         [row], held = self.rows, self.held
-        self._set_up()
         pairs = zip(row.prompt[:-1], held.tokens[: held.cache.lengths[0]], strict=False)
         shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
         if shared is None:
             shared = min(len(row.prompt) - 1, len(held.tokens), held.cache.lengths[0])
         held.cut(shared)
         fresh = next((p for p in range(shared) if held.sets[p] != self._at(p)), shared)
+        if self.steerers.stateful(0):
+            fresh = 0  # when such an edit began depends on all that stands before
+        below = next((p for p in range(fresh, shared) if self._below(held, p)), shared)
+        held.cut(below)
         held.forget_traces(fresh)
+        # What is below the first hook point has not changed, and so have the hits there.
+        again = self.steerers.recording and self.steerers.points[0] != next(iter(self.steerers.saes))
+        self.steerers.record(again)
         tokens = list(held.tokens)
-        if self._steerer is not None:
-            self._steerer.recording = False  # what is below the hook has not changed, so the hits have not
-        for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self._hooks):
+        for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self.steerers.hooks):
             end = held.cache.lengths[0]
             held.sets[fresh:end] = [self._at(p) for p in range(fresh, end)]
+            if again:
+                held.hits[fresh:end] = self._hits_by_row()[0]
             fresh = end
             self._note({})
             if stop.is_set():
                 break
-        if self._steerer is not None:
-            self._steerer.recording = self.recording
+        self.steerers.record(self.steerers.recording)
         held.cut(fresh)
         row.hits = list(held.hits)
 
+    def _below(self, held: Held, position: int) -> bool:
+        """Whether an edit acts, or acted, at a position below what the cache keeps, so that it has to be read anew."""
+        points = {*held.sets[position], *self._at(position)}
+        kept = held.cache.kept_at
+        return kept is not None and bool(points) and in_order([kept, *points])[0] != kept
+
     def _note(self, record: dict[int, list[Hits]]) -> None:
         """Take down what the last pass did: hits of prompts, whether the set ran, and what of it is held."""
+        ran = self.steerers.ran()
         for number, row in enumerate(self.rows):
-            if self._steerer is not None and self._steerer.applied.pop(number, 0):
-                row.ran = True
+            row.ran |= number in ran
             if len(row.hits) < len(row.prompt):
                 row.hits += record.get(number, [])
-        if self.held is not None and self._steerer is not None:
-            for (_, edit), traces in self._steerer.traces.items():
-                self.held.traces.setdefault(edit, []).extend(traces)
-            self._steerer.traces.clear()
+        if self.held is not None:
+            for of, traces in self.steerers.take_traces():
+                self.held.traces.setdefault(of, []).extend(traces)
 
     def _hold(self, record: dict[int, list[Hits]]) -> None:
         """Add the tokens that the last pass read to those held."""
@@ -258,11 +260,8 @@ class Replies:
 
     def _hits_by_row(self) -> dict[int, list[Hits]]:
         """The hits of the last forward pass: row -> one tuple per token it read (padding left out)."""
-        if self._steerer is None or not self._steerer.records:
-            return {}
-        record = self._steerer.records.pop()
-        self._steerer.records.clear()
-        return hits_by_row(record)
+        record = self.steerers.last_record()
+        return {} if record is None else hits_by_row(record)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -291,11 +290,12 @@ class Replies:
         return Finished(number, row.finish, seed, self._report(number, row), speed, text)
 
     def _report(self, number: int, row: Row) -> Report:
-        if self._steerer is None:
+        if not self.steerers.points:
             return Report(row.steps)
         edits, spans = [], []
-        for compiled, text in {self.resolver.edit(edit): str(edit) for one in row.sets for edit in one.live}.items():
-            traces = self.held.traces.get(compiled) if self.held else self._steerer.traces.get((number, compiled))
+        named = {self.steerers.resolver.edit(edit): str(edit) for _, one in row.sets for edit in one.live}
+        for of, text in named.items():
+            traces = self.held.traces.get(of) if self.held else self.steerers.traces(number, of)
             if traces is None:  # it was never in force while a token was read
                 continue
             tally = Tally.of(traces)
@@ -303,7 +303,8 @@ class Replies:
             if tally.first is not None and tally.last is not None:
                 spans.append((tally.first, tally.last))
         first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (None, None)
-        return Report(row.steps, row.applied, tuple(edits), first, last)
+        carried = tuple(Carried(at, tuple(map(str, one.live))) for at, one in row.sets)
+        return Report(row.steps, row.applied, tuple(edits), first, last, carried)
 
 
 def prompt_events(
