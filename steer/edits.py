@@ -180,6 +180,12 @@ class Edit:
         """The written form; a bare `LATENT VALUE` adds, and its value carries its sign."""
         return " ".join((self._head(), *self.clauses))
 
+    def retyped(self, text: str) -> Edit:
+        """What a person typed in its place: another strength, or a whole edit."""
+        if self.strength is None or len(text.split()) > 1:
+            return Edit.parse(text)
+        return replace(self, strength=Strength.parse(text))
+
     @property
     def clauses(self) -> tuple[str, ...]:
         """Where and when it acts, as written; nothing for what is the default."""
@@ -265,6 +271,11 @@ class SteeringSet:
     def live(self) -> tuple[Edit, ...]:
         """The edits that act: none while bypassed, the muted ones never."""
         return () if self.bypass else tuple(edit for edit in self.edits if not edit.muted)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """The latents of the first SAE that its edits name, each once."""
+        return tuple(dict.fromkeys(e.latent for e in self.edits if e.latent is not None and not e.hook))
 
     def add(self, edit: Edit) -> SteeringSet:
         return replace(self, edits=(*self.edits, edit))

@@ -103,7 +103,10 @@ KEYS = [
     ("scale 1 0.5", "c", "clamp 1 1x"),
     ("1 +1x", "w", "1 +1x on generated"),
     ("1 +1x on generated", "w", "1 +1x on prompt"),
-    ("1 +1x on prompt", "w", "1 +1x"),
+    ("1 +1x on prompt", "w", "1 +1x on assistant"),
+    ("1 +1x on assistant", "w", "1 +1x on last"),
+    ("1 +1x on last", "w", "1 +1x"),
+    ("1 +1x on 3..5", "w", "1 +1x"),
 ]
 """An edit, a key, and the edit it makes."""
 
