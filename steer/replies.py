@@ -214,8 +214,9 @@ class Replies:
         below = next((p for p in range(fresh, shared) if self._below(held, p)), shared)
         held.cut(below)
         held.forget_traces(fresh)
-        # What is below the first hook point has not changed, and so have the hits there.
-        again = self.steerers.recording and self.steerers.points[0] != next(iter(self.steerers.saes))
+        # The hits change only where something may act below the SAE that they come from.
+        first = next(iter(self.steerers.saes), None)
+        again = self.steerers.recording and first is not None and held.cache.kept_at != first.entry
         self.steerers.record(again)
         tokens = list(held.tokens)
         for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self.steerers.hooks):

@@ -181,4 +181,6 @@ def report_lines(report: Report) -> list[str]:
         )
         lost = f", left its latent off at {edit.lost}" if edit.lost else ""
         lines.append(f"  {clean(edit.text)}: at {edit.positions} positions{change}{lost}")
+    if len(report.carried) > 1:
+        lines += [f"  from position {one.first}: {clean(', '.join(one.edits)) or 'no edit'}" for one in report.carried]
     return lines
