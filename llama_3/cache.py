@@ -114,6 +114,26 @@ class KVCache:
         forked.lengths = [length] * rows
         return forked
 
+    @classmethod
+    def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
+        """One cache with the rows of several, which keep the residual at the same point or nowhere."""
+        first = caches[0]
+        assert len({cache.kept_at for cache in caches}) == 1
+        rows, capacity = sum(cache.rows for cache in caches), max(cache.capacity for cache in caches)
+        joined = cls(first.config, rows, capacity, first.dtype, first.device)
+        if first.kept_at is not None:
+            joined.keep(first.kept_at)
+        begin = 0
+        for cache in caches:
+            here, used = slice(begin, begin + cache.rows), max(cache.lengths)
+            joined._keys[:, here, :, :used] = cache._keys[:, : cache.rows, :, :used]
+            joined._values[:, here, :, :used] = cache._values[:, : cache.rows, :, :used]
+            if joined._resid_BSD is not None and cache._resid_BSD is not None:
+                joined._resid_BSD[here, :used] = cache._resid_BSD[: cache.rows, :used]
+            begin += cache.rows
+        joined.lengths = [length for cache in caches for length in cache.lengths]
+        return joined
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, and drop the others. Rows in ascending order are moved without a copy."""
         rows = list(rows)

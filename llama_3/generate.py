@@ -2,12 +2,13 @@
 
 `stream_steps` is the only loop: the prefill comes first, a long one in chunks, and then each pass yields one `Step` for
 every row that is still being written. Rows of different lengths share a batch; a finished row leaves it, and the others
-keep their numbers. Nothing here knows of text, except to look for stop strings. `rerun` brings a cache up to date with
-hooks that have changed.
+keep their numbers. A shadow row reads the tokens of another, so that what two settings of the hooks make of one text
+can be compared token by token. Nothing here knows of text, except to look for stop strings. `read` puts tokens into a
+cache, `rerun` brings one up to date with hooks that have changed.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ class Step:
     """`stop` or `length` on the row's last step, else None."""
     text: str = ""
     """What the token adds to the row's `ReplyText`, where there is one."""
+    kl: float | None = None
+    """Kullback-Leibler divergence in nats of the row's distribution from its shadow's, sum of p log(p / shadow's), both
+    before temperature and cuts; None without a shadow."""
+    surprisal: float | None = None
+    """Minus the natural logarithm of the shadow's probability of `token`."""
 
 
 class StopText:
@@ -125,7 +131,8 @@ def stream_steps(
     seeds: Sequence[int],
     max_tokens: int,
     stop_ids: Sequence[int] | frozenset[int],
-    texts: Sequence[ReplyText] = (),
+    texts: Sequence[ReplyText | None] = (),
+    shadows: Mapping[int, int] | None = None,
     hooks: Hooks | None = None,
     cache: KVCache | None = None,
     stop: threading.Event | None = None,
@@ -142,6 +149,9 @@ def stream_steps(
     row that ended by length is read once more so that hooks see its last token, which may give an empty list too. When
     `stop` is set, no further pass begins.
 
+    `shadows` maps rows that draw nothing and yield no steps to the row whose tokens they read, which has the same
+    prompt; that row's steps then say how far its distribution is from the shadow's.
+
     A `cache` may hold a first part of each prompt, which is not read again. It is written to, and its finished rows
     are dropped as they end (the last ones stay). Nothing is checked before the first step is asked for; then a
     ValueError names a prompt that is empty, holds an id outside the
@@ -155,7 +165,11 @@ def stream_steps(
         raise ValueError(f"max_tokens is {max_tokens} and must be at least 1")
     if not prompts:
         return
-    context, stopping = model.config.max_context, frozenset(stop_ids)
+    context, stopping, leaders = model.config.max_context, frozenset(stop_ids), dict(shadows or {})
+    assert all(prompts[shadow] == prompts[leader] for shadow, leader in leaders.items()), (
+        "a shadow has its row's prompt"
+    )
+    followers = {leader: shadow for shadow, leader in leaders.items()}
     before = cache.lengths if cache is not None else [0] * len(prompts)
     live = []
     for number, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
@@ -171,15 +185,17 @@ def stream_steps(
         with torch.inference_mode():
             logits_BV = _read(model, live, cache, hooks, chunk)
             unread = any(row.feed for row in live)
-            writing = [] if unread else [i for i, row in enumerate(live) if row.finish is None]
-            if 0 < len(writing) < len(live):
-                logits_BV = logits_BV[writing]
-            drawn = _draw(logits_BV, [live[i] for i in writing], alternatives) if writing else []
+            at = {row.number: i for i, row in enumerate(live)}
+            writing = (
+                [] if unread else [i for i, row in enumerate(live) if row.finish is None and row.number not in leaders]
+            )
+            beside = [at.get(followers.get(live[i].number, -1)) for i in writing]
+            drawn = _draw(logits_BV, live, writing, beside, alternatives) if writing else []
         if unread:
             yield []
             continue
         steps = []
-        for i, (token, logprob, entropy, others) in zip(writing, drawn, strict=True):
+        for i, shadow, (token, logprob, entropy, kl, surprisal, others) in zip(writing, beside, drawn, strict=True):
             row = live[i]
             row.made += 1
             row.feed = [token]
@@ -189,7 +205,9 @@ def stream_steps(
                 row.finish = "stop"
             elif row.made >= max_tokens or row.prompt_length + row.made >= context:
                 row.finish = "length"
-            steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added))
+            steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added, kl, surprisal))
+            if shadow is not None:
+                live[shadow].feed, live[shadow].finish = [token], row.finish
         yield steps
         wrote = set(writing)
         kept = [
@@ -202,29 +220,50 @@ def stream_steps(
         live = [live[i] for i in kept]
 
 
+def read(
+    model: Transformer,
+    cache: KVCache,
+    tokens: Sequence[int],
+    *,
+    row: int = 0,
+    prompt_length: int,
+    hooks: Hooks,
+    chunk: int = PREFILL_CHUNK,
+    again: bool = False,
+) -> Iterator[None]:
+    """Go on reading into a cache of one row the tokens of `tokens` that it does not hold yet.
+
+    `row` and `prompt_length` are what the span tells the hooks. Yields once per forward pass. With `again` the tokens
+    are some that the cache held before, see `rerun`.
+    """
+    assert cache.rows == 1
+    while (begin := cache.lengths[0]) < len(tokens):
+        part = torch.tensor([list(tokens[begin : begin + chunk])], device=model.device)
+        with torch.inference_mode():
+            span = plan_span(part, [begin], [part.shape[1]], [row], [prompt_length])
+            model.forward(part, cache=cache, hooks=hooks, span=span, last_only=True, rerun=again)
+        yield
+
+
 def rerun(
     model: Transformer,
     cache: KVCache,
     tokens: Sequence[int],
     start: int,
     *,
+    row: int = 0,
     prompt_length: int,
     hooks: Hooks,
     chunk: int = PREFILL_CHUNK,
 ) -> Iterator[None]:
     """Bring a cache of one row up to date with hooks that have changed, from position `start` on.
 
-    `tokens` are those that the cache holds, `prompt_length` is what the span tells the hooks. Only the layers above the
-    residual that the cache keeps are run; hooks below it are not asked again. Yields once per forward pass.
+    `tokens` are those that the cache holds. Only the layers above the residual that it keeps are run; hooks below it
+    are not asked again. Yields once per forward pass.
     """
-    assert cache.rows == 1 and cache.lengths[0] == len(tokens)
+    assert cache.lengths[0] == len(tokens)
     cache.truncate(start)
-    for begin in range(start, len(tokens), chunk):
-        part = torch.tensor([list(tokens[begin : begin + chunk])], device=model.device)
-        with torch.inference_mode():
-            span = plan_span(part, [begin], [part.shape[1]], prompt_lengths=[prompt_length])
-            model.forward(part, cache=cache, hooks=hooks, span=span, last_only=True, rerun=True)
-        yield
+    yield from read(model, cache, tokens, row=row, prompt_length=prompt_length, hooks=hooks, chunk=chunk, again=True)
 
 
 def _check_prompt(prompt: Sequence[int], before: int, sampling: Sampling, model: Transformer) -> None:
@@ -266,16 +305,23 @@ def _read(model: Transformer, live: list[_Row], cache: KVCache, hooks: Hooks | N
     return logits_BTV[:, 0].float()
 
 
+Drawn = tuple[int, float, float, float | None, float | None, tuple[Alternative, ...]]
+"""Token, logprob, entropy, KL and surprisal under the shadow, alternatives."""
+
+
 def _draw(
-    logits_BV: Tensor, rows: list[_Row], alternatives: int
-) -> list[tuple[int, float, float, tuple[Alternative, ...]]]:
-    """Token, logprob, entropy and alternatives of each row, copied from the device at once."""
+    logits_BV: Tensor, live: list[_Row], writing: list[int], beside: list[int | None], alternatives: int
+) -> list[Drawn]:
+    """What each writing row draws, copied from the device at once; `beside` holds the places of their shadows."""
+    rows = [live[i] for i in writing]
+    own_BV = logits_BV if len(writing) == len(live) else logits_BV[writing]
     drawn = sample(
-        logits_BV, [row.sampling for row in rows], [row.generator for row in rows], [row.history for row in rows],
+        own_BV, [row.sampling for row in rows], [row.generator for row in rows], [row.history for row in rows],
         [row.made for row in rows], alternatives,
     )  # fmt: skip
     A = drawn.alternatives_BA.shape[1]
-    columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None]]
+    distance_B2 = _distance(logits_BV, own_BV, drawn.tokens_B, beside)
+    columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None], distance_B2]
     columns += [drawn.alternatives_BA, drawn.probabilities_BA]
     assert logits_BV.shape[1] <= 1 << 24, "a float32 would not hold every id exactly, and MPS has no float64"
     table = torch.cat([column.float() for column in columns], 1).tolist()
@@ -284,7 +330,22 @@ def _draw(
             int(token),
             logprob,
             entropy,
+            kl if shadow is not None else None,
+            surprisal if shadow is not None else None,
             tuple(Alternative(int(i), p) for i, p in zip(rest[:A], rest[A:], strict=True)),
         )
-        for token, logprob, entropy, *rest in table
+        for shadow, (token, logprob, entropy, kl, surprisal, *rest) in zip(beside, table, strict=True)
     ]
+
+
+def _distance(logits_BV: Tensor, own_BV: Tensor, tokens_B: Tensor, beside: list[int | None]) -> Tensor:
+    """(B, 2): KL of each writing row's distribution from its shadow's, and the shadow's surprisal; 0 without one."""
+    distance_B2 = own_BV.new_zeros(len(own_BV), 2, dtype=torch.float32)
+    pairs = [(place, shadow) for place, shadow in enumerate(beside) if shadow is not None]
+    if pairs:
+        places, shadows = (list(each) for each in zip(*pairs, strict=True))
+        ours_PV = torch.log_softmax(own_BV[places].float(), -1)
+        theirs_PV = torch.log_softmax(logits_BV[shadows].float(), -1)
+        distance_B2[places, 0] = (ours_PV.exp() * (ours_PV - theirs_PV)).sum(-1).clamp(min=0.0)
+        distance_B2[places, 1] = -theirs_PV.gather(1, tokens_B[places, None])[:, 0]
+    return distance_B2

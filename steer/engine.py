@@ -36,10 +36,11 @@ from steer.device import check_fit, choose_placement, sae_bytes
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import Event, Finished, TokenEvent
-from steer.replies import Held, Replies, Row, hits_by_row, prompt_events
+from steer.held import Held
+from steer.replies import Replies, Row, prompt_events
 from steer.resolve import Compiled, Resolver, by_hook, check_labels, check_together
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
-from steer.steerers import Steerers, in_order
+from steer.steerers import Steerers, hits_by_row, in_order
 
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
 
@@ -205,12 +206,15 @@ class Engine:
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         """The events of a batch of replies, row by row as they come.
 
         `steering` is asked for the set before every forward pass, or gives one set per row. `hits` records the active
-        latents of every token. Raises `SteerError` before the first event for an edit or a prompt that cannot run.
+        latents of every token. The rows in `watch` are measured at every token against the unsteered model on the same
+        text. Rows of one prompt read what they share of it once. Raises `SteerError` before the first event for an edit
+        or a prompt that cannot run.
         """
         if max_tokens < 1:
             raise SteerError(f"a reply of {max_tokens} tokens is none", "ask for at least 1")
@@ -231,6 +235,7 @@ class Engine:
             rows,
             lambda: self._sets(steering, len(rows)),
             alternatives,
+            watch,
         )
         return self._run(
             replies,
@@ -256,7 +261,11 @@ class Engine:
                 [steering] = replies.sets()
                 points = in_order([*self.saes, *self.compile(steering)])
                 self._held = replies.held = self._room(len(row.prompt) + max_tokens, points[0] if points else None)
-            yield from replies.write(sampling, seeds, max_tokens, stop)
+            try:
+                yield from replies.write(sampling, seeds, max_tokens, stop)
+            finally:
+                if replies.held is not None:
+                    replies.held.cache.select([0])  # its shadow is of no use to the next reply
 
     def _room(self, tokens: int, lowest: HookPoint | None) -> Held:
         """What is held of the last chat, with room for so many tokens; it grows by half at least. A chat that kept the

@@ -62,6 +62,11 @@ class TokenEvent:
     """The likeliest tokens at its place, itself left out."""
     hits: tuple[LatentHit, ...] = ()
     """Every active latent, strongest first; empty where the SAE is not read (first token, special tokens)."""
+    kl: float | None = None
+    """KL divergence in nats of the distribution it was drawn from, from the unsteered model's on the same text; None
+    where that was not asked for."""
+    surprisal: float | None = None
+    """Minus the natural logarithm of its probability under the unsteered model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,24 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from llama_3.cache import KVCache
-from llama_3.generate import ReplyText, Step, rerun, stream_steps
+from llama_3.generate import ReplyText, Step, stream_steps
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer
 from sae.gate import Ranges
-from sae.intervene import Record, Tally, Trace
+from sae.intervene import Tally
 from steer.edits import SteeringSet
-from steer.events import Alternative, Carried, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
-from steer.resolve import Compiled
-from steer.steerers import EditAt, Steerers, in_order
-
-Hits = tuple[LatentHit, ...]
-
-WIDE = 256
-"""Slots from which on it pays to look how many of them are active before they become Python numbers."""
+from steer.events import Alternative, Carried, EditReport, Event, Finished, PromptRead, Report, TokenEvent
+from steer.held import Held
+from steer.steerers import Hits, Steerers
 
 
 @dataclass(slots=True)
@@ -68,29 +61,6 @@ class Row:
 
 
 @dataclass(slots=True)
-class Held:
-    """What the model has read of a chat. Lists have one entry for each position that the cache holds."""
-
-    cache: KVCache
-    tokens: list[int] = field(default_factory=list)
-    sets: list[Compiled] = field(default_factory=list)
-    """What of the set in force could act there."""
-    hits: list[Hits] = field(default_factory=list)
-    traces: dict[EditAt, list[Trace]] = field(default_factory=dict)
-
-    def cut(self, length: int) -> None:
-        """Forget what stands from position `length` on."""
-        self.cache.truncate(length)
-        del self.tokens[length:], self.sets[length:], self.hits[length:]
-
-    def forget_traces(self, start: int) -> None:
-        """Drop what edits did from position `start` on."""
-        for edit, traces in self.traces.items():
-            trace_5P = torch.cat(traces, 1)
-            self.traces[edit] = [trace_5P[:, trace_5P[0] < start]]
-
-
-@dataclass(slots=True)
 class Replies:
     """Writes a batch of replies with one model and the steerers at its hook points."""
 
@@ -102,6 +72,8 @@ class Replies:
     sets: Callable[[], list[SteeringSet]]
     """The set of each row, asked for before the prompts are read and then before every token."""
     alternatives: int = 5
+    watched: Sequence[int] = ()
+    """The rows that are measured against the unsteered model on the same text."""
     held: Held | None = None
     """What is known of the only row's tokens; brought up to date and added to."""
 
@@ -115,18 +87,20 @@ class Replies:
         """The events of all rows, as they come."""
         started = time.perf_counter()
         self._set_up()
-        self._take_up(stop)
+        cache = self._start(max_tokens, stop)
         reading = self.steerers.recording
+        every = [*range(len(self.rows)), *self.watched]
         passes = stream_steps(
             self.model,
-            [row.prompt for row in self.rows],
-            sampling=sampling,
-            seeds=seeds,
+            [self.rows[number].prompt for number in every],
+            sampling=[sampling[number] for number in every],
+            seeds=[seeds[number] for number in every],
             max_tokens=max_tokens,
             stop_ids=self.stop_ids,
-            texts=[row.text for row in self.rows],
+            texts=[*(row.text for row in self.rows), *[None] * len(self.watched)],
+            shadows={len(self.rows) + place: number for place, number in enumerate(self.watched)},
             hooks=self.steerers.hooks,
-            cache=self.held.cache if self.held else None,
+            cache=cache,
             stop=stop,
             alternatives=self.alternatives,
             read_last=reading,
@@ -140,9 +114,12 @@ class Replies:
             steps = next(passes, None)
             if steps is None:
                 break
-            record = self._hits_by_row()
+            record = self.steerers.hits()
             self._note(record)
-            self._hold(record)
+            if self.held is not None:
+                [row], held = self.rows, self.held
+                fed = [row.unread] if read else row.prompt[len(held.tokens) :]
+                held.add(0, fed, self.steerers, len(row.prompt), record.get(0, ()))
             if not steps and not read:  # a first part of the prompts
                 continue
             for number in writing:
@@ -154,7 +131,7 @@ class Replies:
                     yield self._prompt_read(number, row)
             else:
                 for number, row_hits in record.items():
-                    if self.rows[number].pending is not None:
+                    if number < len(self.rows) and self.rows[number].pending is not None:
                         yield self._token_event(number, row_hits[-1])
             for step in steps:
                 row = self.rows[step.row]
@@ -193,50 +170,29 @@ class Replies:
         # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
         self.steerers.take({number: one for number, one in enumerate(sets) if self.rows[number].finish != "length"})
 
-    def _at(self, position: int) -> Compiled:
-        """What could act at a position of the only row in this pass."""
-        return self.steerers.at(0, position, len(self.rows[0].prompt))
-
-    def _take_up(self, stop: threading.Event) -> None:
-        """Bring what is held up to date with the prompt and the set: the layers above the first hook point are run
-        again from the first position where the set would now act otherwise."""
-        if self.held is None:
-            return
-        [row], held = self.rows, self.held
-        pairs = zip(row.prompt[:-1], held.tokens[: held.cache.lengths[0]], strict=False)
-        shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        if shared is None:
-            shared = min(len(row.prompt) - 1, len(held.tokens), held.cache.lengths[0])
-        held.cut(shared)
-        fresh = next((p for p in range(shared) if held.sets[p] != self._at(p)), shared)
-        if self.steerers.stateful(0):
-            fresh = 0  # when such an edit began depends on all that stands before
-        below = next((p for p in range(fresh, shared) if self._below(held, p)), shared)
-        held.cut(below)
-        held.forget_traces(fresh)
-        # The hits change only where something may act below the SAE that they come from.
-        first = next(iter(self.steerers.saes), None)
-        again = self.steerers.recording and first is not None and held.cache.kept_at != first.entry
-        self.steerers.record(again)
-        tokens = list(held.tokens)
-        for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self.steerers.hooks):
-            end = held.cache.lengths[0]
-            held.sets[fresh:end] = [self._at(p) for p in range(fresh, end)]
-            if again:
-                held.hits[fresh:end] = self._hits_by_row()[0]
-            fresh = end
+    def _start(self, max_tokens: int, stop: threading.Event) -> KVCache | None:
+        """The cache that the replies are written to, with what it is worth to have read before; None: nothing."""
+        prompt, rows = self.rows[0].prompt, len(self.rows) + len(self.watched)
+        held = self.held
+        if held is not None:
+            held.take_up(self.model, self.steerers, prompt, stop)
             self._note({})
-            if stop.is_set():
-                break
-        self.steerers.record(self.steerers.recording)
-        held.cut(fresh)
-        row.hits = list(held.hits)
-
-    def _below(self, held: Held, position: int) -> bool:
-        """Whether an edit acts, or acted, at a position below what the cache keeps, so that it has to be read anew."""
-        points = {*held.sets[position], *self._at(position)}
-        kept = held.cache.kept_at
-        return kept is not None and bool(points) and in_order([kept, *points])[0] != kept
+            self.rows[0].hits = list(held.hits)
+        if rows == 1 or len(prompt) < 2 or any(row.prompt != prompt for row in self.rows):
+            return held.cache if held is not None else None
+        if held is None:
+            held = Held.empty(self.model, min(self.model.config.max_context, len(prompt) + max_tokens), self.steerers)
+        held.read(self.model, self.steerers, prompt, stop)
+        self.rows[0].hits = list(held.hits)
+        copies = []
+        for number in range(1, rows):
+            copy = held.copy(self.model, self.steerers, prompt, number, stop)
+            copies.append(copy.cache)
+            if number < len(self.rows):
+                self.rows[number].hits = copy.hits
+        self._note({})
+        held.cache = KVCache.join([held.cache, *copies])
+        return held.cache
 
     def _note(self, record: dict[int, list[Hits]]) -> None:
         """Take down what the last pass did: hits of prompts, whether the set ran, and what of it is held."""
@@ -246,23 +202,7 @@ class Replies:
             if len(row.hits) < len(row.prompt):
                 row.hits += record.get(number, [])
         if self.held is not None:
-            for of, traces in self.steerers.take_traces():
-                self.held.traces.setdefault(of, []).extend(traces)
-
-    def _hold(self, record: dict[int, list[Hits]]) -> None:
-        """Add the tokens that the last pass read to those held."""
-        if self.held is None:
-            return
-        [row], held = self.rows, self.held
-        begin, end = len(held.tokens), held.cache.lengths[0]
-        held.tokens += row.prompt[begin:end] if begin < len(row.prompt) else [row.unread]
-        held.sets += [self._at(p) for p in range(begin, end)]
-        held.hits += record.get(0, [()] * (end - begin))
-
-    def _hits_by_row(self) -> dict[int, list[Hits]]:
-        """The hits of the last forward pass: row -> one tuple per token it read (padding left out)."""
-        record = self.steerers.last_record()
-        return {} if record is None else hits_by_row(record)
+            self.held.take_traces(self.steerers)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +222,8 @@ class Replies:
             for a in step.alternatives
             if a.token != step.token
         )
-        return TokenEvent(number, index, step.token, step.text, special, step.logprob, step.entropy, others, hits)
+        facts = step.logprob, step.entropy, others, hits, step.kl, step.surprisal
+        return TokenEvent(number, index, step.token, step.text, special, *facts)
 
     def _finished(self, number: int, seed: int, started: float) -> Finished:
         row, seconds = self.rows[number], time.perf_counter() - started
@@ -318,25 +259,3 @@ def prompt_events(
         text = tokenizer.token_text(token) if special else decoder.push(token)
         events.append(TokenEvent(number, index, token, text, special, hits=hits[index] if index < len(hits) else ()))
     return tuple(events)
-
-
-def hits_by_row(record: Record) -> dict[int, list[Hits]]:
-    """Row -> per token it read (padding left out) the active latents, strongest first; one copy from the device."""
-    values_BTK, order = record.latents.values.float().sort(-1, descending=True)
-    indices_BTK = record.latents.indices.gather(-1, order)
-    flags_BT2 = torch.stack([record.positions_BT >= 0, record.readable_BT], -1)
-    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).cpu()  # a float32 holds every index up to 2^24
-    k = most = indices_BTK.shape[-1]
-    if k > WIDE:  # some SAEs light thousands of latents on the first token, which is not read
-        most = int(((table[..., 2 + k :] > 0) & (table[..., 1:2] > 0)).sum(-1).max())
-        table = torch.cat([table[..., : 2 + most], table[..., 2 + k : 2 + k + most]], -1)
-    return {
-        row: [
-            tuple(LatentHit(int(i), v) for i, v in zip(cells[:most], cells[most:], strict=True) if v > 0)
-            if reads
-            else ()
-            for real, reads, *cells in tokens
-            if real
-        ]
-        for row, tokens in zip(record.rows, table.tolist(), strict=True)
-    }

@@ -173,10 +173,12 @@ class EngineLike(Protocol):
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         """The events of a batch of replies. A callable is asked for the set before every token; a sequence gives each
-        row its own. A reply ends before the first of `stop_strings`. With `reuse` (of one row) tokens that the last
+        row its own. The tokens of the rows in `watch` say how the unsteered model would have taken them. A reply ends
+        before the first of `stop_strings`. With `reuse` (of one row) tokens that the last
         such reply read already are not read again. Raises `SteerError` before the first event for what a user got
         wrong."""
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from llama_3.hooks import SITES, HookPoint, Hooks
 from sae.compiled import NO_EDITS, CompiledEdit
 from sae.gate import Ranges
 from sae.intervene import Record, Steerer, Trace
 from sae.model import SAE
 from steer.edits import SteeringSet
+from steer.events import LatentHit
 from steer.resolve import Compiled, Resolver
 
+Hits = tuple[LatentHit, ...]
+WIDE = 256
+"""Slots from which on it pays to look how many of them are active before they become Python numbers."""
 NOTHING: Compiled = {}
 EditAt = tuple[HookPoint, CompiledEdit]
 
@@ -93,14 +99,14 @@ class Steerers:
             steerer.applied.clear()
         return rows
 
-    def last_record(self) -> Record | None:
-        """The latents of the last forward pass, where they were recorded."""
+    def hits(self) -> dict[int, list[Hits]]:
+        """The hits of the last forward pass, where they were recorded: row -> one tuple per token it read."""
         for point in self.saes:
             records = self._at[point].records
             last = records.pop() if records else None
             records.clear()
-            return last
-        return None
+            return hits_by_row(last) if last else {}
+        return {}
 
     def traces(self, row: int, of: EditAt) -> Sequence[Trace] | None:
         """What an edit did to a row so far; None where it was never in force while a token was read."""
@@ -108,14 +114,42 @@ class Steerers:
         return steerer.traces.get((row, of[1])) if steerer else None
 
     def take_traces(self) -> Iterable[tuple[EditAt, list[Trace]]]:
-        """What edits did to the only row since this was last asked."""
+        """What edits did to the first row since this was last asked."""
         for point, steerer in self._at.items():
-            for (_, edit), traces in steerer.traces.items():
-                yield (point, edit), traces
-            steerer.traces.clear()
+            for row, edit in [key for key in steerer.traces if key[0] == 0]:
+                yield (point, edit), steerer.traces.pop((row, edit))
+
+    def copy_traces(self, row: int, end: int) -> None:
+        """Say of a row what edits did to the first one before position `end`: it has not been read on its own there."""
+        for steerer in self._at.values():
+            for (_, edit), traces in [each for each in steerer.traces.items() if each[0][0] == 0]:
+                trace_5P = torch.cat(traces, 1)
+                steerer.traces[row, edit] = [trace_5P[:, trace_5P[0] < end]]
 
     def _stand(self, point: HookPoint) -> None:
         steerer = Steerer(self.saes.get(point), self.special)
         steerer.gate.assistant = self.said
         self._at[point] = steerer
         self.hooks.add(point, steerer)
+
+
+def hits_by_row(record: Record) -> dict[int, list[Hits]]:
+    """Row -> per token it read (padding left out) the active latents, strongest first; one copy from the device."""
+    values_BTK, order = record.latents.values.float().sort(-1, descending=True)
+    indices_BTK = record.latents.indices.gather(-1, order)
+    flags_BT2 = torch.stack([record.positions_BT >= 0, record.readable_BT], -1)
+    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).cpu()  # a float32 holds every index up to 2^24
+    k = most = indices_BTK.shape[-1]
+    if k > WIDE:  # some SAEs light thousands of latents on the first token, which is not read
+        most = int(((table[..., 2 + k :] > 0) & (table[..., 1:2] > 0)).sum(-1).max())
+        table = torch.cat([table[..., : 2 + most], table[..., 2 + k : 2 + k + most]], -1)
+    return {
+        row: [
+            tuple(LatentHit(int(i), v) for i, v in zip(cells[:most], cells[most:], strict=True) if v > 0)
+            if reads
+            else ()
+            for real, reads, *cells in tokens
+            if real
+        ]
+        for row, tokens in zip(record.rows, table.tolist(), strict=True)
+    }

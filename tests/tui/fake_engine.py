@@ -91,6 +91,7 @@ class FakeEngine:
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         assert callable(steering)
