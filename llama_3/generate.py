@@ -56,6 +56,8 @@ class Step:
     before temperature and cuts; None without a shadow."""
     surprisal: float | None = None
     """Minus the natural logarithm of the shadow's probability of `token`."""
+    expected: float | None = None
+    """The surprisal that the shadow itself expects: the entropy of its distribution."""
 
 
 class StopText:
@@ -195,7 +197,7 @@ def stream_steps(
             yield []
             continue
         steps = []
-        for i, shadow, (token, logprob, entropy, kl, surprisal, others) in zip(writing, beside, drawn, strict=True):
+        for i, shadow, (token, logprob, entropy, others, distance) in zip(writing, beside, drawn, strict=True):
             row = live[i]
             row.made += 1
             row.feed = [token]
@@ -205,7 +207,7 @@ def stream_steps(
                 row.finish = "stop"
             elif row.made >= max_tokens or row.prompt_length + row.made >= context:
                 row.finish = "length"
-            steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added, kl, surprisal))
+            steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added, *distance))
             if shadow is not None:
                 live[shadow].feed, live[shadow].finish = [token], row.finish
         yield steps
@@ -305,8 +307,8 @@ def _read(model: Transformer, live: list[_Row], cache: KVCache, hooks: Hooks | N
     return logits_BTV[:, 0].float()
 
 
-Drawn = tuple[int, float, float, float | None, float | None, tuple[Alternative, ...]]
-"""Token, logprob, entropy, KL and surprisal under the shadow, alternatives."""
+Drawn = tuple[int, float, float, tuple[Alternative, ...], tuple[float, ...]]
+"""Token, logprob, entropy, alternatives, and where there is a shadow KL, surprisal and expected surprisal."""
 
 
 def _draw(
@@ -320,9 +322,8 @@ def _draw(
         [row.made for row in rows], alternatives,
     )  # fmt: skip
     A = drawn.alternatives_BA.shape[1]
-    distance_B2 = _distance(logits_BV, own_BV, drawn.tokens_B, beside)
-    columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None], distance_B2]
-    columns += [drawn.alternatives_BA, drawn.probabilities_BA]
+    columns = [drawn.tokens_B[:, None], drawn.logprobs_B[:, None], drawn.entropy_B[:, None]]
+    columns += [drawn.alternatives_BA, drawn.probabilities_BA, _distance(logits_BV, own_BV, drawn.tokens_B, beside)]
     assert logits_BV.shape[1] <= 1 << 24, "a float32 would not hold every id exactly, and MPS has no float64"
     table = torch.cat([column.float() for column in columns], 1).tolist()
     return [
@@ -330,22 +331,24 @@ def _draw(
             int(token),
             logprob,
             entropy,
-            kl if shadow is not None else None,
-            surprisal if shadow is not None else None,
-            tuple(Alternative(int(i), p) for i, p in zip(rest[:A], rest[A:], strict=True)),
+            tuple(Alternative(int(i), p) for i, p in zip(rest[:A], rest[A : 2 * A], strict=True)),
+            tuple(rest[2 * A :]) if shadow is not None else (),
         )
-        for shadow, (token, logprob, entropy, kl, surprisal, *rest) in zip(beside, table, strict=True)
+        for shadow, (token, logprob, entropy, *rest) in zip(beside, table, strict=True)
     ]
 
 
 def _distance(logits_BV: Tensor, own_BV: Tensor, tokens_B: Tensor, beside: list[int | None]) -> Tensor:
-    """(B, 2): KL of each writing row's distribution from its shadow's, and the shadow's surprisal; 0 without one."""
-    distance_B2 = own_BV.new_zeros(len(own_BV), 2, dtype=torch.float32)
+    """(B, 3): KL of each writing row's distribution from its shadow's, the surprisal of its token under the shadow's,
+    and the entropy of that; (B, 0) where no row has a shadow."""
     pairs = [(place, shadow) for place, shadow in enumerate(beside) if shadow is not None]
-    if pairs:
-        places, shadows = (list(each) for each in zip(*pairs, strict=True))
-        ours_PV = torch.log_softmax(own_BV[places].float(), -1)
-        theirs_PV = torch.log_softmax(logits_BV[shadows].float(), -1)
-        distance_B2[places, 0] = (ours_PV.exp() * (ours_PV - theirs_PV)).sum(-1).clamp(min=0.0)
-        distance_B2[places, 1] = -theirs_PV.gather(1, tokens_B[places, None])[:, 0]
-    return distance_B2
+    if not pairs:
+        return own_BV.new_zeros(len(own_BV), 0)
+    places, shadows = (list(each) for each in zip(*pairs, strict=True))
+    ours_PV = torch.log_softmax(own_BV[places].float(), -1)
+    theirs_PV = torch.log_softmax(logits_BV[shadows].float(), -1)
+    kl_P = (ours_PV.exp() * (ours_PV - theirs_PV)).sum(-1).clamp(min=0.0)
+    surprisal_P = -theirs_PV.gather(1, tokens_B[places, None])[:, 0]
+    distance_B3 = own_BV.new_zeros(len(own_BV), 3, dtype=torch.float32)
+    distance_B3[places] = torch.stack([kl_P, surprisal_P, torch.special.entr(theirs_PV.exp()).sum(-1)], 1)
+    return distance_B3

@@ -67,6 +67,8 @@ class TokenEvent:
     where that was not asked for."""
     surprisal: float | None = None
     """Minus the natural logarithm of its probability under the unsteered model."""
+    expected: float | None = None
+    """The surprisal that the unsteered model expects there: the entropy of its distribution."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,7 @@ class Replies:
             for a in step.alternatives
             if a.token != step.token
         )
-        facts = step.logprob, step.entropy, others, hits, step.kl, step.surprisal
+        facts = step.logprob, step.entropy, others, hits, step.kl, step.surprisal, step.expected
         return TokenEvent(number, index, step.token, step.text, special, *facts)
 
     def _finished(self, number: int, seed: int, started: float) -> Finished:

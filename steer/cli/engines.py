@@ -7,10 +7,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from steer.cli.options import narrate
 from steer.config import Settings
+from steer.errors import SteerError
 from steer.events import TokenEvent
 from steer.session import EngineLike
 
@@ -52,7 +54,7 @@ def load_engine(settings: Settings) -> Engine:
 
     return Engine.load(
         settings.model,
-        settings.sae,
+        [settings.sae, *settings.more_saes] if settings.sae else None,
         settings.labels,
         device=settings.device,
         dtype=settings.dtype,
@@ -62,6 +64,13 @@ def load_engine(settings: Settings) -> Engine:
         quantize_all=settings.quantize_all,
         compile=settings.compile,
     )
+
+
+def load_for_measuring(settings: Settings) -> Engine:
+    """The engine of one SAE, without labels."""
+    if settings.more_saes:
+        raise SteerError(f"this reads one SAE, and {1 + len(settings.more_saes)} are given", "give one `--sae FOLDER`")
+    return load_engine(replace(settings, labels=None))
 
 
 @contextmanager

@@ -39,7 +39,9 @@ _SHARED: dict[str, Any] = {
             help="Folder, .gguf file or Hugging Face id (org/name[@revision]); without it, the demo.", metavar="MODEL"
         ),
     ],
-    "sae": Annotated[str | None, typer.Option(help="Folder of the SAE.", metavar="DIR")],
+    "sae": Annotated[
+        list[str] | None, typer.Option(help="Folder of the SAE; repeatable, for edits at several hooks.", metavar="DIR")
+    ],
     "labels": Annotated[str | None, typer.Option(help="Label index.", metavar="FILE")],
     "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on, or mps.")],
     "dtype": Annotated[str | None, typer.Option(help="auto (`doctor` says which), float32, bfloat16 or float16.")],
