@@ -137,6 +137,11 @@ def sessions_folder() -> Path:
     return data_folder() / "sessions"
 
 
+def shipped_layer() -> Path:
+    """What the user measured for the index that ships, which is never written itself; it may not exist yet."""
+    return data_folder() / "demo-labels.db"
+
+
 def log_path() -> Path:
     return data_folder() / "steer.log"
 

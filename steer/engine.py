@@ -6,6 +6,7 @@ events of `steer/events.py` (how, is told in `steer/replies.py`). Nothing above 
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from llama_3.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sae.checkpoint import load_sae
 from sae.intervene import Steerer
 from sae.model import SAE
-from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE
+from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE, shipped_layer
 from steer.device import check_fit, choose_placement, sae_bytes
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
@@ -81,7 +82,7 @@ class Engine:
         for place, one in enumerate(self.saes.values()):
             check_together(model.config, one, None if place else index)
             one.prepare()
-        self._name, self._resolver = name, Resolver(model.config, self.saes)
+        self._name, self.resolver = name, Resolver(model.config, self.saes)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
     @classmethod
@@ -129,7 +130,7 @@ class Engine:
         tokenizer, generation = load_tokenizer(path), read_generation_defaults(path)
         check_vocabulary(tokenizer, config)
         spelled = load_chat_format(path, tokenizer, chat_format)
-        index = LabelIndex(Path(labels), read_only=True) if labels else None
+        index = _open_index(Path(labels)) if labels else None
         folders = [Path(one) for one in ([sae] if isinstance(sae, str | Path) else sae or ())]
         saes = by_hook([load_sae(folder, where.device) for folder in folders])
         keep = 0 if quantize_all else max((hook.layer + 1 for hook in saes), default=0)
@@ -226,7 +227,7 @@ class Engine:
         assert len(rows) == len(seeds) == len(each), "one seed and one sampling per row"
         token_sampling = [TokenSampling(**asdict(one)) for one in each]
         special, said = self.tokenizer.special_ids, {number: row.said for number, row in enumerate(rows)}
-        steerers = Steerers(self.saes, self._resolver, special, hits and bool(self.saes), said)
+        steerers = Steerers(self.saes, self.resolver, special, hits and bool(self.saes), said)
         replies = Replies(
             self.model,
             self.tokenizer,
@@ -343,15 +344,15 @@ class Engine:
 
     def compile(self, steering: SteeringSet) -> Compiled:
         """By hook point, the live edits with raw strengths; a `SteerError` for one that cannot run here."""
-        return self._resolver.compile(steering)
+        return self.resolver.compile(steering)
 
     def check(self, edit: Edit) -> None:
         """`SteerError` when the edit cannot run here: no SAE, a latent out of range, a unit without its reference."""
-        self._resolver.check(edit)
+        self.resolver.check(edit)
 
     def readout(self, edit: Edit) -> Readout | None:
         """The edit's strength in all units; None for `ablate`, `scale`, and where it cannot run."""
-        return self._resolver.readout(edit)
+        return self.resolver.readout(edit)
 
     # -- features ---------------------------------------------------------------------------------------------------
 
@@ -365,16 +366,26 @@ class Engine:
 
     def card(self, latent: int) -> FeatureCard:
         """All that is known of a latent; a `SteerError` when it is out of range."""
-        self._resolver.check_latent(latent)
+        self.resolver.check_latent(latent)
         feature = self.index.feature(latent) if self.index else None
         if self.index is None or feature is None:
-            return FeatureCard(latent, max_activation=self._resolver.maximum(latent))
+            return FeatureCard(latent, max_activation=self.resolver.maximum(latent))
         promotes, suppresses = self.index.effects(latent)
         examples = tuple((example.kind, example.tokens, example.activations) for example in self.index.examples(latent))
         return _card(feature, tuple(promotes), tuple(suppresses), examples)
 
     def labels(self, latents: Sequence[int]) -> dict[int, str]:
         return self.index.labels_of(latents) if self.index else {}
+
+
+def _open_index(path: Path) -> LabelIndex:
+    """An index to read from. One of an earlier version is brought up to date first; over the one that ships lies what
+    the user has measured."""
+    if path == DEMO_LABELS:
+        return LabelIndex(path, read_only=True, layer=shipped_layer())
+    if os.access(path, os.W_OK):
+        LabelIndex(path).close()
+    return LabelIndex(path, read_only=True)
 
 
 def _has_compiler() -> bool:
@@ -394,4 +405,5 @@ def _card(
     examples: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = (),
 ) -> FeatureCard:
     facts = feature.max_activation, feature.mean_on, feature.density
-    return FeatureCard(feature.latent, feature.label, feature.author, *facts, promotes, suppresses, examples)
+    pushed = feature.sweet, feature.cliff, feature.steerability
+    return FeatureCard(feature.latent, feature.label, feature.author, *facts, promotes, suppresses, examples, *pushed)

@@ -149,6 +149,11 @@ class FeatureCard:
     suppresses: tuple[tuple[str, float], ...] = ()
     examples: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
     """Each: kind (top, middle, random), token texts, activations."""
+    sweet: float | None = None
+    """As `steer calibrate` found them: the strength at which it steers best and the one at which text falls apart, both
+    times its max, and the effect at the first."""
+    cliff: float | None = None
+    steerability: float | None = None
 
 
 class EngineLike(Protocol):
