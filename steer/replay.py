@@ -1,0 +1,115 @@
+"""The part of a model that lies above a hook point, as a function of the tensor there.
+
+What an analysis asks of a model is a few runs over the same tokens that differ at one place. `Replay` runs the layers
+below that place once, in the model's own dtype and through its own code, so that what stands there is what a reply
+reads; the layers above it run in float32 from the same weights, whatever they are stored in: the effect of one latent is
+often a thousandth, and bfloat16 logits differ by more than that from rounding alone. Weights become float32 one block at
+a time, and a backward pass makes them again, so that no second model is ever in memory. A quantised weight counts as the
+numbers that it stands for.
+
+Suffixes: B runs, T tokens, D width at the hook point, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from llama_3.hooks import HookPoint, Hooks, Span
+from llama_3.model import Block, Reading, Tap, Transformer, plan_reading, plan_span
+
+_BETWEEN = ("resid_pre", "resid_post")
+"""Sites between two blocks: what stands there is all that the blocks above it read."""
+_HEAD_ROWS = 1 << 14
+"""Rows of the output matrix that are float32 at one time."""
+
+
+def capture(model: Transformer, tokens: Sequence[int], points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
+    """What stands at each of `points`, float32 (T, D), when the model reads `tokens` from the start."""
+    found: dict[HookPoint, Tensor] = {}
+    hooks = Hooks()
+    for point in dict.fromkeys(points):
+        hooks.add(point, partial(_keep, found, point))
+    last = hooks.points()[-1]
+    with torch.no_grad():
+        model.forward(torch.tensor([list(tokens)], device=model.device), hooks=hooks, stop_after=last)
+    return {point: x_1TD[0].float() for point, x_1TD in found.items()}
+
+
+def _keep(found: dict[HookPoint, Tensor], point: HookPoint, x_BTD: Tensor, _: Span) -> Tensor:
+    found[point] = x_BTD
+    return x_BTD
+
+
+class Replay:
+    """Everything above `start` for one sequence of tokens. `x_TD` is what stood at `start`, float32."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens: Sequence[int],
+        start: HookPoint,
+        end: HookPoint | None = None,
+        captured: Mapping[HookPoint, Tensor] | None = None,
+    ) -> None:
+        """`end` is where to stop, by default after the last block; `captured` what `capture` found at `needs(start)`."""
+        self.model, self.tokens, self.start, self.end = model, tuple(tokens), start, end
+        found = captured or capture(model, tokens, self.needs(start))
+        self.x_TD = found[start]
+        self._base_TD = None if start.site in _BETWEEN else found[HookPoint(start.layer, "resid_pre")]
+        self._first = start.layer + (start.site == "resid_post")
+
+    @staticmethod
+    def needs(start: HookPoint) -> tuple[HookPoint, ...]:
+        """The points whose tensors a replay from `start` begins with."""
+        return (start,) if start.site in _BETWEEN else (HookPoint(start.layer, "resid_pre"), start)
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        """The residual (B, T, D) after the last block, or what stands at `end`, with `x_BTD` (float32) at `start`."""
+        B, T, _ = x_BTD.shape
+        resid_BTD = x_BTD if self._base_TD is None else self._base_TD.expand(B, -1, -1)
+        reading = plan_reading(self.model.rope, [0] * B, [T] * B, T, resid_BTD, None)
+        found: dict[HookPoint, Tensor] = {}
+        hooks = Hooks()
+        if self._base_TD is not None:
+            hooks.add(self.start, lambda _, __: x_BTD)
+        if self.end is not None:
+            hooks.add(self.end, partial(_keep, found, self.end))
+        tokens_BT = torch.tensor([self.tokens] * B, device=self.model.device)
+        tap = Tap(hooks, plan_span(tokens_BT, [0] * B, [T] * B), None, None, reading.where)
+        last = self.model.config.n_layers if self.end is None else self.end.layer + 1
+        for layer in range(self._first, last):
+            own = tap if layer in hooks.layers else None
+            if own is None and torch.is_grad_enabled() and resid_BTD.requires_grad:
+                resid_BTD = checkpoint(self._block, layer, resid_BTD, reading, None, use_reentrant=False)
+            else:
+                resid_BTD = self._block(layer, resid_BTD, reading, own)
+        return resid_BTD if self.end is None else found[self.end]
+
+    def _block(self, layer: int, resid_BTD: Tensor, reading: Reading, tap: Tap | None) -> Tensor:
+        block = self.model.blocks[layer]
+        with torch.device("meta"):
+            plain = Block(self.model.config, layer)
+        weights = {name: attrgetter(name)(block).detach().float() for name, _ in plain.named_parameters()}
+        out: Tensor = functional_call(plain, weights, (resid_BTD, reading, None, tap))
+        return out
+
+    def logits(self, resid_RD: Tensor) -> Tensor:
+        """Float32 logits (R, V) of residuals after the last block."""
+        norm = self.model.norm
+        normed_RD = F.rms_norm(resid_RD, norm.shape, norm.weight.detach().float(), norm.eps)
+        parts = self.model.unembedding_VD.detach().split(_HEAD_ROWS)
+        if torch.is_grad_enabled() and normed_RD.requires_grad:
+            return torch.cat([checkpoint(_project, normed_RD, part, use_reentrant=False) for part in parts], -1)
+        return torch.cat([_project(normed_RD, part) for part in parts], -1)
+
+
+def _project(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    return F.linear(x_RD, weight_VD.float())
