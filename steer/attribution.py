@@ -62,7 +62,7 @@ class LatentEffect:
     removed: float | None
     """What the number really loses when the latent is ablated; None where that was not asked."""
     normalised: float | None
-    """`attribution` over the latent's recorded max, times the log of one over its density; None without statistics."""
+    """`attribution` scaled by how small the latent's recorded max is and how rare it is; None without statistics."""
     places: tuple[Place, ...]
     """Strongest first."""
 
@@ -231,9 +231,9 @@ def why_latent(
     if not 0 <= index < len(tokens):
         raise SteerError(f"there is no token {index} in this text", f"its tokens go from 0 to {len(tokens) - 1}")
     if not (activation := float(activation_T[index])):
-        on = ", ".join(str(place) for place in activation_T.nonzero()[:8, 0].tolist())
-        hint = f"it is on at {on}" if on else "`steer inspect` shows which latents are on"
-        raise SteerError(f"latent {latent} is not on at token {index}", hint)
+        if not (on := [str(place) for place in activation_T.nonzero()[:8, 0].tolist()]):
+            raise SteerError(f"latent {latent} is on nowhere in this text", "`steer inspect` shows which latents are")
+        raise SteerError(f"latent {latent} is not on at token {index}", f"it is on at {', '.join(on)}")
     replay = Replay(model, tokens[: index + 1], start, hook)
     slope = float(sae.r_mag_F[latent].exp()) if sae.config.activation == "gated" else 1.0
 
@@ -334,12 +334,15 @@ def _latent_effects(
 
 
 def _weights(sae: SAE, latents: Tensor) -> Tensor | None:
-    """What an attribution is multiplied by: ln(1 / density) over the recorded max; 0 for a latent never seen on."""
-    if sae.stats is None:
+    """What an attribution is multiplied by, (N,): the median max over the latent's own, times ln(1 / density) over that
+    of the median density, medians being those of the latents that were ever on; 0 for a latent that never was."""
+    stats = sae.stats
+    if stats is None or not bool((live_F := stats.max_F > 0).any()):
         return None
-    most_N, density_N = sae.stats.max_F[latents.cpu()], sae.stats.density_F[latents.cpu()]
-    rarity_N = -density_N.clamp(1 / max(sae.stats.tokens, 1), 1.0).log()
-    return torch.where(most_N > 0, rarity_N / most_N, 0.0).to(latents.device)
+    rarity_F = -stats.density_F.clamp(1 / max(stats.tokens, 2), 1.0).log()
+    usual = stats.max_F[live_F].median() / rarity_F[live_F].median().clamp_min(1e-6)
+    weight_F = torch.where(live_F, usual * rarity_F / stats.max_F, 0.0)
+    return weight_F[latents.cpu()].to(latents.device)
 
 
 def _part(parts: Parts, number: int) -> Tensor:

@@ -12,15 +12,15 @@ Suffixes: B runs, T tokens, D width at the hook point, R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Block, Reading, Tap, Transformer, plan_reading, plan_span
@@ -87,13 +87,11 @@ class Replay:
         last = self.model.config.n_layers if self.end is None else self.end.layer + 1
         for layer in range(self._first, last):
             own = tap if layer in hooks.layers else None
-            if own is None and torch.is_grad_enabled() and resid_BTD.requires_grad:
-                resid_BTD = checkpoint(self._block, layer, resid_BTD, reading, None, use_reentrant=False)
-            else:
-                resid_BTD = self._block(layer, resid_BTD, reading, own)
+            run = partial(self._block, layer, reading, own)
+            resid_BTD = run(resid_BTD) if own is not None else _forgetting(run, resid_BTD)
         return resid_BTD if self.end is None else found[self.end]
 
-    def _block(self, layer: int, resid_BTD: Tensor, reading: Reading, tap: Tap | None) -> Tensor:
+    def _block(self, layer: int, reading: Reading, tap: Tap | None, resid_BTD: Tensor) -> Tensor:
         block = self.model.blocks[layer]
         with torch.device("meta"):
             plain = Block(self.model.config, layer)
@@ -106,10 +104,32 @@ class Replay:
         norm = self.model.norm
         normed_RD = F.rms_norm(resid_RD, norm.shape, norm.weight.detach().float(), norm.eps)
         parts = self.model.unembedding_VD.detach().split(_HEAD_ROWS)
-        if torch.is_grad_enabled() and normed_RD.requires_grad:
-            return torch.cat([checkpoint(_project, normed_RD, part, use_reentrant=False) for part in parts], -1)
-        return torch.cat([_project(normed_RD, part) for part in parts], -1)
+        return torch.cat([_forgetting(partial(_project, part), normed_RD) for part in parts], -1)
 
 
-def _project(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+def _project(weight_VD: Tensor, x_RD: Tensor) -> Tensor:
     return F.linear(x_RD, weight_VD.float())
+
+
+class _Forgetting(torch.autograd.Function):
+    """Runs a function and keeps nothing but its input; the gradient runs it again. Torch's own `checkpoint` does as
+    much, and brings in a compiler that takes a second to import."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            loss = (ctx.run(x) * grads[0]).sum()  # gradients given to `grad` would make it import sympy
+        return torch.autograd.grad(loss, x)[0], None
+
+
+def _forgetting(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    out: Tensor = _Forgetting.apply(x, run)  # type: ignore[no-untyped-call]  # torch's own is not typed
+    return out
