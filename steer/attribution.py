@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -23,12 +25,17 @@ from llama_3.hooks import SITES, HookPoint
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE
-from steer.effects import Effects, LatentParts, Metric, Parts, PositionParts, along, estimate, removals
+from steer.effects import Effects, LatentParts, Metric, along, estimate, removals
 from steer.errors import SteerError
 from steer.replay import Replay
 
 Order = Literal["raw", "normalised"]
 LIKELIEST = 5
+STAND_INS = ", the and it"
+"""Tokens that are read in the place of another, to see what that one did. They are real ones: the mean of all embeddings
+is like no token, and put in the place of any it takes about the same from every latent. No gradient helps to find the
+tokens that matter, since the first norm makes the model blind to the length of an embedding."""
+WINDOW = 64
 _LOGIT_ROWS = 256
 """Positions whose logits are held at one time."""
 
@@ -69,14 +76,15 @@ class LatentEffect:
 
 @dataclass(frozen=True, slots=True)
 class TokenEffect:
-    """What an earlier token adds to the reading of a latent."""
+    """What a token adds to the reading of a latent."""
 
     index: int
     token: int
     text: str
     attribution: float
-    gradient: float
+    """What the reading loses when the first of the `STAND_INS` is read in the token's place."""
     removed: float | None
+    """The mean over all of them; None where that was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +123,13 @@ class WhyLatent:
     error: float | None
     """The attribution of the other SAE's reconstruction error; None for tokens."""
     error_removed: float | None
-    together: float
-    """What the reading loses when all parts go at once."""
+    together: float | None
+    """What the reading loses when all latents and the error go at once; None for tokens."""
 
     @property
     def total(self) -> float:
-        """The sum of all attributions."""
-        parts = [effect.attribution for effect in self.tokens] + [effect.attribution for effect in self.latents]
-        return math.fsum(parts) + (self.error or 0.0)
+        """The sum of the attributions of latents and error."""
+        return math.fsum(effect.attribution for effect in self.latents) + (self.error or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +174,7 @@ def why_token(
     replay = Replay(model, before, hook)
     readable_T = _readable(tokenizer, before, model.device)
     parts = LatentParts(sae, replay.x_TD, readable_T)
-    if not parts.count:
+    if not len(parts.latents_N):
         raise SteerError(f"no latent is on before token {index}", "choose a later token")
     with torch.no_grad():
         logprob_V = replay.logits(replay(replay.x_TD[None])[:, -1])[0].log_softmax(-1)
@@ -213,13 +220,13 @@ def why_latent(
     through: tuple[SAE, HookPoint] | None = None,
     check: int = 20,
     by: Order = "raw",
+    window: int = WINDOW,
 ) -> WhyLatent:
     """Which tokens up to `index` made a latent fire there, or which latents of the SAE `through` further down.
 
-    By default `index` is where the latent is strongest. A token's part is what its embedding has more than the mean of
-    the vocabulary's; the first token is no part. What is explained is the latent's pre-activation in the units of its
-    activation, without the race for k places. Raises `SteerError` where the latent is off, and for an SAE that does not
-    stand below.
+    By default `index` is where the latent is strongest. Of the tokens only the nearest `window` are tried, and never the
+    first. What is explained is the latent's pre-activation in the units of its activation, without the race for k
+    places. Raises `SteerError` where the latent is off, and for an SAE that does not stand below.
     """
     if not 0 <= latent < sae.config.d_sae:
         raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
@@ -247,25 +254,36 @@ def why_latent(
         found, (error_removed, together) = _latent_effects(metric, x_TD, through[0], below, effects, check, by)
         error = along(metric, x_TD, below.error_TD)
         return WhyLatent(index, latent, activation, (), found, error, error_removed, together)
-    parts = PositionParts(x_TD, model.embedding_VD.detach().mean(0, dtype=torch.float32))
-    effects = estimate(metric, x_TD, parts)
-    order = effects.attribution_N.abs().argsort(descending=True, stable=True).tolist()
-    everything = parts.sum(torch.ones_like(parts.part_P, dtype=torch.bool))
-    together, *removed = removals(metric, x_TD, [everything, *(_part(parts, place) for place in order[:check])])
-    known = dict(zip(order, removed, strict=False))
-    shown = [
-        TokenEffect(
-            place,
-            tokens[place],
-            tokenizer.token_text(tokens[place]),
-            float(effects.attribution_N[place]),
-            float(effects.gradient_N[place]),
-            known.get(place),
-        )
-        for place in order
-        if place
+    found = _token_effects(metric, replay, tokenizer, model.embedding_VD.detach(), check, window)
+    return WhyLatent(index, latent, activation, found, (), None, None, None)
+
+
+def _token_effects(
+    metric: Metric, replay: Replay, tokenizer: Tokenizer, embedding_VD: Tensor, check: int, window: int
+) -> tuple[TokenEffect, ...]:
+    """What the metric loses when each of the last `window` tokens but the first is replaced, strongest first."""
+    tokens, x_TD = replay.tokens, replay.x_TD
+
+    def instead(place: int) -> list[int]:
+        return [token for token in tokenizer.encode(STAND_INS) if token != tokens[place]]
+
+    def change(place: int, token: int) -> Tensor:
+        difference_TD = torch.zeros_like(x_TD)
+        difference_TD[place] = x_TD[place] - embedding_VD[token].float()
+        return difference_TD
+
+    places = range(max(1, len(tokens) - window), len(tokens))
+    first = removals(metric, x_TD, (change(place, instead(place)[0]) for place in places))
+    order = sorted(zip(places, first, strict=True), key=lambda one: -abs(one[1]))
+    others = [instead(place)[1:] for place, _ in order[:check]]
+    pairs = ((place, token) for (place, _), some in zip(order, others, strict=False) for token in some)
+    more = iter(removals(metric, x_TD, (change(place, token) for place, token in pairs)))
+    means = [fmean([effect, *islice(more, len(some))]) for (_, effect), some in zip(order, others, strict=False)]
+    found = [
+        TokenEffect(place, tokens[place], tokenizer.token_text(tokens[place]), effect, mean)
+        for (place, effect), mean in zip_longest(order, means)
     ]
-    return WhyLatent(index, latent, activation, tuple(shown), (), None, None, together)
+    return tuple(sorted(found, key=lambda one: (one.removed is None, -abs(one.removed or one.attribution))))
 
 
 def ablate(
@@ -301,7 +319,7 @@ def _latent_effects(
 ) -> tuple[tuple[LatentEffect, ...], tuple[float, float]]:
     """All latents in order, the first `check` of them ablated; and what the metric loses without the error, and without
     the error and all latents."""
-    weights = _weights(sae, parts.latents)
+    weights = _weights(sae, parts.latents_N)
     score_N = effects.attribution_N
     if by == "normalised":
         if weights is None:
@@ -309,8 +327,8 @@ def _latent_effects(
         score_N = score_N * weights
     order = score_N.abs().argsort(descending=True, stable=True).tolist()
     everything = parts.sum(torch.ones_like(parts.part_P, dtype=torch.bool)) + parts.error_TD
-    ablated = [_part(parts, number) for number in order[:check]]
-    error_removed, together, *removed = removals(metric, x_TD, [parts.error_TD, everything, *ablated])
+    ablated = (_part(parts, number) for number in order[:check])
+    error_removed, together, *removed = removals(metric, x_TD, chain([parts.error_TD, everything], ablated))
     known = dict(zip(order, removed, strict=False))
     places: dict[int, list[Place]] = {}
     columns = parts.part_P, parts.position_P, parts.activation_P, effects.attribution_P
@@ -318,7 +336,7 @@ def _latent_effects(
         places.setdefault(number, []).append(Place(index, activation, share))
     plain, gradient = effects.attribution_N.tolist(), effects.gradient_N.tolist()
     normalised = None if weights is None else (effects.attribution_N * weights).tolist()
-    names = parts.latents.tolist()
+    names = parts.latents_N.tolist()
     found = tuple(
         LatentEffect(
             names[number],
@@ -345,7 +363,7 @@ def _weights(sae: SAE, latents: Tensor) -> Tensor | None:
     return weight_F[latents.cpu()].to(latents.device)
 
 
-def _part(parts: Parts, number: int) -> Tensor:
+def _part(parts: LatentParts, number: int) -> Tensor:
     return parts.sum(parts.part_P == number)
 
 

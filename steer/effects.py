@@ -1,8 +1,8 @@
-"""What each part of a tensor does to one number: gradient times part, set right halfway, checked by removal.
+"""What each latent's contribution does to one number: gradient times contribution, set right halfway, checked by removal.
 
-A tensor x (T, D) in the middle of a model is a sum of parts, such as the contributions of latents, and `metric` is a
-number that the model makes of it. The effect of a part c is what the number loses when that part alone goes,
-m(x) - m(x - c). Three figures are given for it:
+A tensor x (T, D) in the middle of a model is a sum of parts: for each active latent what it contributes at all positions,
+the SAE's error and its bias. `metric` is a number that the model makes of x. The effect of a part c is what the number
+loses when that part alone goes, m(x) - m(x - c). Three figures are given for it:
 
     gradient      c . grad m(x)              of every part, from one backward pass: right where m is a plane
     attribution   c . grad m(x - C / 2)      of the strongest parts by `gradient`; C is the sum of the c of its group
@@ -15,14 +15,15 @@ strong ones apart, and a group goes halfway together: the midpoint rule of integ
 arXiv 1703.01365) on each group's own path. The joint path of all parts at once, the usual one, is worse here than the
 plain gradient, since it passes through tensors unlike any that the model reads.
 
-Suffixes: T tokens, D width, B runs, P pairs of a part and a position, N parts, F latents.
+Suffixes: T tokens, D width, B runs, P pairs of an active latent and a position, K slots of a
+position, N latents that are active somewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -39,34 +40,16 @@ Metric = Callable[[Tensor], Tensor]
 """(B, T, D) -> (B,): the number for each of B tensors."""
 
 
-class Parts(Protocol):
-    """Parts of a tensor, each at one position or at several."""
-
-    part_P: Tensor
-    """int64, the number of the part that each pair belongs to, from 0 to `count` - 1"""
-    position_P: Tensor
-    count: int
-
-    def dots(self, gradient_TD: Tensor) -> Tensor:
-        """(P,): each pair's vector times the gradient at its position."""
-        ...
-
-    def sum(self, kept_P: Tensor) -> Tensor:
-        """(T, D): the sum of the pairs where `kept_P` is True."""
-        ...
-
-
 class LatentParts:
-    """The contributions of an SAE's active latents, `f_i * W_dec[i]` times the SAE's scale, as they stand in x (T, D);
-    `readable_T` is False where the SAE is not read."""
+    """What an SAE's active latents contribute to x (T, D), `f_i * W_dec[i]` times the SAE's scale there, in pairs sorted by
+    position; `readable_T` is False where the SAE is not read. `part_P` tells where in `latents_N` a pair's latent is."""
 
     def __init__(self, sae: SAE, x_TD: Tensor, readable_T: Tensor) -> None:
         latents = sae.encode(x_TD)
         on_TK = (latents.values > 0) & readable_T[:, None]
         self.position_P = on_TK.nonzero()[:, 0]
         self.latent_P, self.activation_P = latents.indices[on_TK], latents.values[on_TK]
-        self.latents, self.part_P = self.latent_P.unique(return_inverse=True)
-        self.count = len(self.latents)
+        self.latents_N, self.part_P = self.latent_P.unique(return_inverse=True)
         self._W_dec_FD = sae.W_dec_FD.float()
         scale = sae.scale(x_TD)
         self._value_P = self.activation_P * (scale[self.position_P, 0] if isinstance(scale, Tensor) else scale)
@@ -77,26 +60,12 @@ class LatentParts:
         """What the SAE does not explain, 0 where it is not read."""
 
     def dots(self, gradient_TD: Tensor) -> Tensor:
+        """(P,): each pair's contribution times the gradient at its position."""
         return self._value_P * dot_pairs(gradient_TD, self._W_dec_FD, self.latent_P, self.position_P)
 
     def sum(self, kept_P: Tensor) -> Tensor:
+        """(T, D): the contributions of the pairs where `kept_P` is True."""
         return decode_pairs(self.latent_P, self._value_P * kept_P, self._starts_T, self._W_dec_FD)
-
-
-class PositionParts:
-    """What each position of x (T, D) has more than a reference (D,); the first `kept` positions are no parts."""
-
-    def __init__(self, x_TD: Tensor, reference_D: Tensor, kept: int = 1) -> None:
-        self._difference_TD = x_TD - reference_D
-        self._difference_TD[:kept] = 0.0
-        self.position_P = self.part_P = torch.arange(len(x_TD), device=x_TD.device)
-        self.count = len(x_TD)
-
-    def dots(self, gradient_TD: Tensor) -> Tensor:
-        return (self._difference_TD * gradient_TD).sum(-1)
-
-    def sum(self, kept_P: Tensor) -> Tensor:
-        return self._difference_TD * kept_P[:, None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +81,7 @@ class Effects:
     """The gradient at x."""
 
 
-def estimate(metric: Metric, x_TD: Tensor, parts: Parts) -> Effects:
+def estimate(metric: Metric, x_TD: Tensor, parts: LatentParts) -> Effects:
     """Gradient and attribution of every part of x; those of the weaker parts are the same."""
     value_1, gradient_1TD = _gradients(metric, x_TD[None])
     dots_P = parts.dots(gradient_1TD[0])
@@ -133,17 +102,17 @@ def along(metric: Metric, x_TD: Tensor, part_TD: Tensor) -> float:
     return float((part_TD * _gradients(metric, (x_TD - 0.5 * part_TD)[None])[1][0]).sum())
 
 
-def removals(metric: Metric, x_TD: Tensor, taken: Sequence[Tensor]) -> list[float]:
+def removals(metric: Metric, x_TD: Tensor, taken: Iterable[Tensor]) -> list[float]:
     """What the metric loses, m(x) - m(x - c), for each c (T, D) of `taken`."""
     values: list[float] = []
     with torch.no_grad():
-        for some in _split([torch.zeros_like(x_TD), *taken], len(x_TD)):
+        for some in _split(chain([torch.zeros_like(x_TD)], taken), len(x_TD)):
             values += metric(torch.stack([x_TD - part_TD for part_TD in some])).tolist()
     return [values[0] - value for value in values[1:]]
 
 
-def _per_part(parts: Parts, value_P: Tensor) -> Tensor:
-    return value_P.new_zeros(parts.count).index_add_(0, parts.part_P, value_P)
+def _per_part(parts: LatentParts, value_P: Tensor) -> Tensor:
+    return value_P.new_zeros(len(parts.latents_N)).index_add_(0, parts.part_P, value_P)
 
 
 def _gradients(metric: Metric, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +123,8 @@ def _gradients(metric: Metric, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     return value_B.detach(), gradient_BTD
 
 
-def _split(items: list[Tensor], tokens: int) -> list[list[Tensor]]:
-    size = max(1, _TOKENS_AT_ONCE // tokens)
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _split(items: Iterable[Tensor], tokens: int) -> Iterator[list[Tensor]]:
+    """As many at once as one pass takes."""
+    left = iter(items)
+    while some := list(islice(left, max(1, _TOKENS_AT_ONCE // tokens))):
+        yield some

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llama_3.hooks import HookPoint
     from llama_3.tokenizer import Tokenizer
     from sae.model import SAE
-    from steer.attribution import Choice, LatentEffect, TokenEffect, WhyLatent, WhyToken
+    from steer.attribution import Choice, LatentEffect, WhyLatent, WhyToken
     from steer.engine import Engine
 
 CHECKED = 20
@@ -132,11 +132,11 @@ def _why_latent(
     )
     name = engine.labels([latent]).get(latent, "")
     if json:
-        about = {"index": found.index, "of": latent, "activation": _number(found.activation)} | _totals(found)
-        if below is not None:
-            _put_latents(found.latents[:top], lambda _: {}, about)
+        about = {"index": found.index, "of": latent, "activation": _number(found.activation)}
+        _put_latents(found.latents[:top], lambda _: {}, about | _totals(found))
         for effect in found.tokens[:top]:
-            put({"index": effect.index, "token": effect.token, "text": effect.text} | _figures(effect) | {"about": about})
+            figures = {"attribution": _number(effect.attribution), "ablation": _number(effect.removed)}
+            put({"index": effect.index, "token": effect.token, "text": effect.text} | figures | {"about": about})
         return
     text = clean(repr(engine.tokenizer.token_text(tokens[found.index])))
     print(f"latent {latent} is at {found.activation:.2f} on token {found.index} {text}  {clean_line(name)}".rstrip())
@@ -144,10 +144,11 @@ def _why_latent(
         _print_latents(found.latents[:check], lambda _: {}, tokens, engine.tokenizer)
         _print_totals(found, len(found.latents), f"latents at {below[1]}")
         return
-    print(f"{'token':>7}  {'removed':>8} {'estimate':>8}")
+    print(f"{'token':>7}  {'replaced':>8} {'once':>8}")
     for effect in found.tokens[:check]:
         print(f"{effect.index:>7}  {_signed(effect.removed)} {_signed(effect.attribution)}  {clean(repr(effect.text))}")
-    _print_totals(found, len(found.tokens), "tokens")
+    if len(found.tokens) < found.index:
+        narrate(f"only the nearest {len(found.tokens)} tokens were tried")
 
 
 def prompt_tokens(engine: Engine, text: str, chat: bool) -> list[int]:
@@ -205,14 +206,6 @@ def _signed(value: float | None) -> str:
     return f"{'':>8}" if value is None else f"{value:>+8.3f}"
 
 
-def _figures(effect: LatentEffect | TokenEffect) -> dict[str, Any]:
-    return {
-        "attribution": _number(effect.attribution),
-        "gradient": _number(effect.gradient),
-        "ablation": _number(effect.removed),
-    }
-
-
 def _totals(found: WhyToken | WhyLatent) -> dict[str, Any]:
     return {
         "error": _number(found.error),
@@ -229,8 +222,10 @@ def _put_latents(effects: Sequence[LatentEffect], labels: Any, about: dict[str, 
             {"index": place.index, "activation": _number(place.activation), "attribution": _number(place.attribution)}
             for place in effect.places
         ]
-        entry = {"latent": effect.latent} | _figures(effect) | {"normalised": _number(effect.normalised)}
-        put(entry | {"label": names.get(effect.latent, ""), "places": places, "about": about})
+        entry: dict[str, Any] = {"latent": effect.latent, "attribution": _number(effect.attribution)}
+        entry |= {"gradient": _number(effect.gradient), "ablation": _number(effect.removed)}
+        entry |= {"normalised": _number(effect.normalised), "label": names.get(effect.latent, "")}
+        put(entry | {"places": places, "about": about})
 
 
 def _print_latents(effects: Sequence[LatentEffect], labels: Any, tokens: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -244,9 +239,5 @@ def _print_latents(effects: Sequence[LatentEffect], labels: Any, tokens: Sequenc
 
 
 def _print_totals(found: WhyToken | WhyLatent, count: int, what: str) -> None:
-    if found.error is not None:
-        print(f"{'error':>7}  {_signed(found.error_removed)} {_signed(found.error)}")
-    narrate(
-        f"{count} {what}: the estimates add up to {found.total:+.3f}; all of it removed at once takes "
-        f"{found.together:+.3f}. They differ, since each says what its own removal does."
-    )
+    print(f"{'error':>7}  {_signed(found.error_removed)} {_signed(found.error)}")
+    narrate(f"{count} {what} and the error: estimates add up to {found.total:+.3f}, all removed at once: {found.together:+.3f}")
