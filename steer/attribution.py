@@ -172,7 +172,7 @@ def why_token(
         raise SteerError(first, f"{known}; `--token {count}` asks about the one that would come next")
     before = tokens[:index]
     replay = Replay(model, before, hook)
-    readable_T = _readable(tokenizer, before, model.device)
+    readable_T = readable(tokenizer, before, model.device)
     parts = LatentParts(sae, replay.x_TD, readable_T)
     if not len(parts.latents_N):
         raise SteerError(f"no latent is on before token {index}", "choose a later token")
@@ -249,7 +249,7 @@ def why_latent(
 
     x_TD = replay.x_TD
     if through is not None:
-        below = LatentParts(through[0], x_TD, _readable(tokenizer, replay.tokens, model.device))
+        below = LatentParts(through[0], x_TD, readable(tokenizer, replay.tokens, model.device))
         effects = estimate(metric, x_TD, below)
         found, (error_removed, together) = _latent_effects(metric, x_TD, through[0], below, effects, check, by)
         error = along(metric, x_TD, below.error_TD)
@@ -293,7 +293,7 @@ def ablate(
     if not 0 <= latent < sae.config.d_sae:
         raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
     replay = Replay(model, tokens, hook)
-    parts = LatentParts(sae, replay.x_TD, _readable(tokenizer, tokens, model.device))
+    parts = LatentParts(sae, replay.x_TD, readable(tokenizer, tokens, model.device))
     on_P = parts.latent_P == latent
     activation_T = replay.x_TD.new_zeros(len(tokens)).index_add_(0, parts.position_P[on_P], parts.activation_P[on_P])
     with torch.no_grad():
@@ -371,13 +371,13 @@ def _activations(
     model: Transformer, tokenizer: Tokenizer, sae: SAE, hook: HookPoint, tokens: Sequence[int], latent: int
 ) -> Tensor:
     """(T,): the latent's activation at each token, 0 where the SAE is not read."""
-    parts = LatentParts(sae, Replay(model, tokens, hook).x_TD, _readable(tokenizer, tokens, model.device))
+    parts = LatentParts(sae, Replay(model, tokens, hook).x_TD, readable(tokenizer, tokens, model.device))
     on_P = parts.latent_P == latent
     zeros_T = parts.activation_P.new_zeros(len(tokens))
     return zeros_T.index_add_(0, parts.position_P[on_P], parts.activation_P[on_P])
 
 
-def _readable(tokenizer: Tokenizer, tokens: Sequence[int], device: torch.device) -> Tensor:
+def readable(tokenizer: Tokenizer, tokens: Sequence[int], device: torch.device) -> Tensor:
     flags = [place > 0 and token not in tokenizer.special_ids for place, token in enumerate(tokens)]
     return torch.tensor(flags, device=device)
 

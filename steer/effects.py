@@ -33,7 +33,7 @@ from sae.model import SAE
 
 REFINED = 64
 GROUPS = 16
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 """Tokens of all runs that one pass through the model holds."""
 
 Metric = Callable[[Tensor], Tensor]
@@ -126,5 +126,5 @@ def _gradients(metric: Metric, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
 def _split(items: Iterable[Tensor], tokens: int) -> Iterator[list[Tensor]]:
     """As many at once as one pass takes."""
     left = iter(items)
-    while some := list(islice(left, max(1, _TOKENS_AT_ONCE // tokens))):
+    while some := list(islice(left, max(1, TOKENS_AT_ONCE // tokens))):
         yield some

@@ -73,6 +73,14 @@ class Replay:
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """The residual (B, T, D) after the last block, or what stands at `end`, with `x_BTD` (float32) at `start`."""
+        if self.end is None:
+            return self.read(x_BTD)[0]
+        return self.read(x_BTD, [self.end], self.end.layer + 1)[1][self.end]
+
+    def read(
+        self, x_BTD: Tensor, points: Sequence[HookPoint] = (), layers: int | None = None
+    ) -> tuple[Tensor, dict[HookPoint, Tensor]]:
+        """The residual (B, T, D) after the last block, or after the first `layers`, and what stands at `points`."""
         B, T, _ = x_BTD.shape
         resid_BTD = x_BTD if self._base_TD is None else self._base_TD.expand(B, -1, -1)
         reading = plan_reading(self.model.rope, [0] * B, [T] * B, T, resid_BTD, None)
@@ -80,16 +88,15 @@ class Replay:
         hooks = Hooks()
         if self._base_TD is not None:
             hooks.add(self.start, lambda _, __: x_BTD)
-        if self.end is not None:
-            hooks.add(self.end, partial(_keep, found, self.end))
+        for point in dict.fromkeys(points):
+            hooks.add(point, partial(_keep, found, point))
         tokens_BT = torch.tensor([self.tokens] * B, device=self.model.device)
         tap = Tap(hooks, plan_span(tokens_BT, [0] * B, [T] * B), None, None, reading.where)
-        last = self.model.config.n_layers if self.end is None else self.end.layer + 1
-        for layer in range(self._first, last):
+        for layer in range(self._first, self.model.config.n_layers if layers is None else layers):
             own = tap if layer in hooks.layers else None
             run = partial(self._block, layer, reading, own)
             resid_BTD = run(resid_BTD) if own is not None else _forgetting(run, resid_BTD)
-        return resid_BTD if self.end is None else found[self.end]
+        return resid_BTD, found
 
     def _block(self, layer: int, reading: Reading, tap: Tap | None, resid_BTD: Tensor) -> Tensor:
         block = self.model.blocks[layer]
