@@ -1,12 +1,13 @@
 """Why this token, why this latent, and what a latent does: a model and its SAE, asked after the fact.
 
-`why_token` says which latents pushed a token up or down, `why_latent` which earlier tokens (or latents of an SAE further
-down) made a latent fire, `ablate` what every token of a text loses when a latent is taken out. Each gives plain frozen
-dataclasses. How an effect is estimated is told in `steer/effects.py`, how the model is run in `steer/replay.py`; the
-reconstruction error is kept in all of them.
+`why_token` says which latents pushed a token up or down, `why_latent` which earlier tokens (or latents of an SAE
+further down) made a latent fire, `ablate` what every token of a text loses when a latent is taken out. Each gives plain
+frozen dataclasses. How an effect is estimated is told in `steer/effects.py`, how the model is run in `steer/replay.py`;
+the reconstruction error is kept in all of them.
 
-Positions are numbered as `steer inspect` numbers them, BOS being 0; the SAE is read neither there nor on special tokens.
-Suffixes: B runs, T tokens, D width, V vocabulary, P pairs of a latent and a position, N latents that are on.
+Positions are numbered as `steer inspect` numbers them, BOS being 0; there and on special tokens the SAE is not read.
+Suffixes: B runs, T tokens, D width, V vocabulary, F latents, P pairs of a latent and a position, N latents that are on,
+R rows of logits.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from steer.replay import Replay
 Order = Literal["raw", "normalised"]
 LIKELIEST = 5
 STAND_INS = ", the and it"
-"""Tokens that are read in the place of another, to see what that one did. They are real ones: the mean of all embeddings
-is like no token, and put in the place of any it takes about the same from every latent. No gradient helps to find the
-tokens that matter, since the first norm makes the model blind to the length of an embedding."""
+"""Tokens that are read in the place of another, to see what that one did. They are real ones: the mean of all
+embeddings is like no token, and put in the place of any it takes about the same from a latent. No gradient helps to
+find the tokens that matter, since the first norm makes the model blind to the length of an embedding."""
 WINDOW = 64
 _LOGIT_ROWS = 256
 """Positions whose logits are held at one time."""
@@ -103,7 +104,7 @@ class WhyToken:
     error_removed: float
     """What the number really loses without the error."""
     together: float
-    """What it loses when all latents and the error go at once, which leaves the decoder's bias at the positions read."""
+    """What it loses when all latents and the error go at once, which leaves the decoder's bias where it is read."""
 
     @property
     def total(self) -> float:
@@ -224,8 +225,8 @@ def why_latent(
 ) -> WhyLatent:
     """Which tokens up to `index` made a latent fire there, or which latents of the SAE `through` further down.
 
-    By default `index` is where the latent is strongest. Of the tokens only the nearest `window` are tried, and never the
-    first. What is explained is the latent's pre-activation in the units of its activation, without the race for k
+    By default `index` is where the latent is strongest. Of the tokens only the nearest `window` are tried, and never
+    the first. What is explained is the latent's pre-activation in the units of its activation, without the race for k
     places. Raises `SteerError` where the latent is off, and for an SAE that does not stand below.
     """
     if not 0 <= latent < sae.config.d_sae:
@@ -254,8 +255,8 @@ def why_latent(
         found, (error_removed, together) = _latent_effects(metric, x_TD, through[0], below, effects, check, by)
         error = along(metric, x_TD, below.error_TD)
         return WhyLatent(index, latent, activation, (), found, error, error_removed, together)
-    found = _token_effects(metric, replay, tokenizer, model.embedding_VD.detach(), check, window)
-    return WhyLatent(index, latent, activation, found, (), None, None, None)
+    replaced = _token_effects(metric, replay, tokenizer, model.embedding_VD.detach(), check, window)
+    return WhyLatent(index, latent, activation, replaced, (), None, None, None)
 
 
 def _token_effects(
@@ -309,7 +310,7 @@ def _logprobs(replay: Replay, x_TD: Tensor) -> list[float]:
     """The log-probability of each token but the first."""
     resid_TD, found = replay(x_TD[None])[0, :-1], []
     next_T = torch.tensor(replay.tokens[1:], device=x_TD.device)
-    for resid_RD, next_R in zip(resid_TD.split(_LOGIT_ROWS), next_T.split(_LOGIT_ROWS), strict=True):
+    for resid_RD, next_R in zip(torch.split(resid_TD, _LOGIT_ROWS), torch.split(next_T, _LOGIT_ROWS), strict=True):
         found += replay.logits(resid_RD).log_softmax(-1).gather(-1, next_R[:, None])[:, 0].tolist()
     return found
 

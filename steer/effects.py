@@ -1,19 +1,19 @@
-"""What each latent's contribution does to one number: gradient times contribution, set right halfway, checked by removal.
+"""What each latent does to one number: gradient times contribution, set right halfway, checked by removal.
 
-A tensor x (T, D) in the middle of a model is a sum of parts: for each active latent what it contributes at all positions,
-the SAE's error and its bias. `metric` is a number that the model makes of x. The effect of a part c is what the number
-loses when that part alone goes, m(x) - m(x - c). Three figures are given for it:
+A tensor x (T, D) in the middle of a model is a sum of parts: for each active latent what it contributes at all
+positions, the SAE's error and its bias. `metric` is a number that the model makes of x. The effect of a part c is what
+the number loses when that part alone goes, m(x) - m(x - c). Three figures are given for it:
 
     gradient      c . grad m(x)              of every part, from one backward pass: right where m is a plane
     attribution   c . grad m(x - C / 2)      of the strongest parts by `gradient`; C is the sum of the c of its group
     removed       m(x) - m(x - c)            the effect itself, a forward pass each, of the parts asked for
 
-Norms, attention and the softmax bend m within the length of one part, so that the plain gradient ranks too coarsely (what
-it misses, `docs/why.md` says in figures). Halfway to where the part is gone the gradient is right to second order. One
-pass a part would cost more than removing it; so the `REFINED` strongest are dealt out over `GROUPS` groups like cards,
-strong ones apart, and a group goes halfway together: the midpoint rule of integrated gradients (Sundararajan et al. 2017,
+Norms, attention and the softmax bend m within the length of one part, so that the plain gradient ranks too coarsely
+(`docs/why.md` has the figures). Halfway to where the part is gone the gradient is right to second order. One pass a
+part would cost more than removing it; so the `REFINED` strongest are dealt out over `GROUPS` groups like cards, strong
+ones apart, and a group goes halfway together: the midpoint rule of integrated gradients (Sundararajan et al. 2017,
 arXiv 1703.01365) on each group's own path. The joint path of all parts at once, the usual one, is worse here than the
-plain gradient, since it passes through tensors unlike any that the model reads.
+plain gradient: it passes through tensors unlike any that the model reads.
 
 Suffixes: T tokens, D width, B runs, P pairs of an active latent and a position, K slots of a
 position, N latents that are active somewhere.
@@ -41,15 +41,16 @@ Metric = Callable[[Tensor], Tensor]
 
 
 class LatentParts:
-    """What an SAE's active latents contribute to x (T, D), `f_i * W_dec[i]` times the SAE's scale there, in pairs sorted by
-    position; `readable_T` is False where the SAE is not read. `part_P` tells where in `latents_N` a pair's latent is."""
+    """What an SAE's active latents contribute to x (T, D), `f_i * W_dec[i]` times the SAE's scale there, in pairs by
+    position. `part_P` tells where in `latents_N` a pair's latent is."""
 
     def __init__(self, sae: SAE, x_TD: Tensor, readable_T: Tensor) -> None:
+        """`readable_T` is False where the SAE is not read."""
         latents = sae.encode(x_TD)
         on_TK = (latents.values > 0) & readable_T[:, None]
         self.position_P = on_TK.nonzero()[:, 0]
         self.latent_P, self.activation_P = latents.indices[on_TK], latents.values[on_TK]
-        self.latents_N, self.part_P = self.latent_P.unique(return_inverse=True)
+        self.latents_N, self.part_P = torch.unique(self.latent_P, return_inverse=True)
         self._W_dec_FD = sae.W_dec_FD.float()
         scale = sae.scale(x_TD)
         self._value_P = self.activation_P * (scale[self.position_P, 0] if isinstance(scale, Tensor) else scale)

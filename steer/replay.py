@@ -2,12 +2,12 @@
 
 What an analysis asks of a model is a few runs over the same tokens that differ at one place. `Replay` runs the layers
 below that place once, in the model's own dtype and through its own code, so that what stands there is what a reply
-reads; the layers above it run in float32 from the same weights, whatever they are stored in: the effect of one latent is
-often a thousandth, and bfloat16 logits differ by more than that from rounding alone. Weights become float32 one block at
-a time, and a backward pass makes them again, so that no second model is ever in memory. A quantised weight counts as the
-numbers that it stands for.
+reads. The layers above it run in float32 from the same weights, whatever they are stored in: the effect of one latent
+is often a thousandth, and bfloat16 logits differ by more than that from rounding alone. Weights become float32 one
+block at a time, and a backward pass makes them again, so that no second model is ever in memory. A quantised weight
+counts as the numbers that it stands for.
 
-Suffixes: B runs, T tokens, D width at the hook point, R rows, V vocabulary.
+Suffixes: B runs, T tokens, D width at the hook point, R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Replay:
         end: HookPoint | None = None,
         captured: Mapping[HookPoint, Tensor] | None = None,
     ) -> None:
-        """`end` is where to stop, by default after the last block; `captured` what `capture` found at `needs(start)`."""
+        """`end` is where to stop, by default after the last block; `captured` is what stood at `needs(start)`."""
         self.model, self.tokens, self.start, self.end = model, tuple(tokens), start, end
         found = captured or capture(model, tokens, self.needs(start))
         self.x_TD = found[start]
@@ -110,7 +110,7 @@ class Replay:
         """Float32 logits (R, V) of residuals after the last block."""
         norm = self.model.norm
         normed_RD = F.rms_norm(resid_RD, norm.shape, norm.weight.detach().float(), norm.eps)
-        parts = self.model.unembedding_VD.detach().split(_HEAD_ROWS)
+        parts = torch.split(self.model.unembedding_VD.detach(), _HEAD_ROWS)
         return torch.cat([_forgetting(partial(_project, part), normed_RD) for part in parts], -1)
 
 

@@ -1,7 +1,7 @@
 """The picture of `steer patch`: hook points by positions, coloured by how much of the answer came back.
 
-An `.html` file is one self-contained page that needs nothing; `.png`, `.svg` and `.pdf` are drawn by matplotlib's objects
-alone. Every text is escaped or drawn as plain text.
+An `.html` file is one self-contained page that needs nothing; `.png`, `.svg` and `.pdf` are drawn by matplotlib's
+objects alone. Every text is escaped or drawn as plain text.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _title(found: Patching) -> str:
 
 
 def _name(pair: tuple[str, str]) -> str:
-    ours, theirs = (clean(repr(text)[1:-1]) for text in pair)
+    ours, theirs = (clean(repr(text)[1:-1]).strip() for text in pair)
     return ours if ours == theirs else f"{ours} / {theirs}"
 
 
@@ -106,12 +106,13 @@ def _draw(file: Path, found: Patching) -> None:
     rows = _rows(found)
     columns = [cell.index for cell in next(iter(rows.values()))]
     shares = [[cell.recovered or 0.0 for cell in cells] for cells in rows.values()]
-    figure = Figure(figsize=(2.4 + 0.55 * len(columns), 1.8 + 0.3 * len(rows)), layout="constrained")
+    size = max(6.4, 3.4 + 0.55 * len(columns)), max(3.2, 2.0 + 0.3 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     names = [f"{place} {_name(found.tokens[place])}" for place in columns]
     axes.set_xticks(range(len(columns)), names, rotation=60, ha="right", parse_math=False)
     axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
     axes.set_title(_title(found), fontsize=9, parse_math=False)
-    figure.colorbar(image, ax=axes, label="share of the difference that came back")
+    figure.colorbar(image, ax=axes, label="recovered")
     figure.savefig(file, dpi=120)

@@ -119,8 +119,8 @@ def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int
         for token, change in zip(tokens, changes, strict=True):
             hits = [hit_entry(hit, names) for hit in token.hits[:top]]
             entry = {"index": token.index, "token": token.token, "text": token.text, "hits": hits, "ablated": latent}
-            figures = {"activation": change.activation, "logprob": change.logprob, "change": change.change}
-            put(entry | {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()})
+            values = {"activation": change.activation, "logprob": change.logprob, "change": change.change}
+            put(entry | {name: None if value is None else float(f"{value:.6g}") for name, value in values.items()})
         return
     print(f"{'token':>5}  {'':<18}  {'log-prob':>8}  {'change':>8}  activation of {latent}")
     for token, change in zip(tokens, changes, strict=True):
@@ -129,8 +129,9 @@ def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int
         print(f"{token.index:>5}  {clean(repr(token.text)):<18}  {figures:>18}  {on}".rstrip())
     total = sum(change.change or 0.0 for change in changes)
     count = sum(change.activation > 0 for change in changes)
-    narrate(f"latent {latent} is on at {count} of {len(tokens)} tokens; without it the text's log-likelihood changes by")
-    narrate(f"{total:+.3f} nats  {names.get(latent, '')}".rstrip())
+    name = f" ({names[latent]})" if names.get(latent) else ""
+    narrate(f"latent {latent}{name} is on at {count} of {len(tokens)} tokens; without it the text's")
+    narrate(f"log-likelihood changes by {total:+.3f} nats")
 
 
 def _write(file: Path, text: str) -> None:

@@ -94,7 +94,9 @@ def _why_token(
     assert engine.sae is not None
     other = None if against is None else one_token(engine.tokenizer, against, "--against")
     hook = hook_of(engine.sae)
-    found = why_token(engine.model, engine.tokenizer, engine.sae, hook, tokens, index, against=other, check=check, by=by)
+    found = why_token(
+        engine.model, engine.tokenizer, engine.sae, hook, tokens, index, against=other, check=check, by=by
+    )
     if json:
         about = {"index": found.index, "target": _choice(found.target)}
         about |= {"against": found.against and _choice(found.against)}
@@ -175,7 +177,8 @@ def one_token(tokenizer: Tokenizer, given: str, option: str) -> int:
     if len(found) != 1:
         split = " ".join(repr(tokenizer.token_text(token)) for token in found) or "nothing"
         raise SteerError(
-            f"{option} {given!r} is {len(found)} tokens: {split}", "give one token's text, its space included, or its id"
+            f"{option} {given!r} is {len(found)} tokens: {split}",
+            "give the text of one, its space included, or its id",
         )
     return found[0]
 
@@ -240,4 +243,5 @@ def _print_latents(effects: Sequence[LatentEffect], labels: Any, tokens: Sequenc
 
 def _print_totals(found: WhyToken | WhyLatent, count: int, what: str) -> None:
     print(f"{'error':>7}  {_signed(found.error_removed)} {_signed(found.error)}")
-    narrate(f"{count} {what} and the error: estimates add up to {found.total:+.3f}, all removed at once: {found.together:+.3f}")
+    narrate(f"{count} {what} and the error: the estimates add up to {found.total:+.3f};")
+    narrate(f"all removed at once take {found.together:+.3f}, since each estimate speaks of one removal alone")
