@@ -1,4 +1,4 @@
-"""The layers above a hook point: the same numbers and gradients as the whole model, whatever its weights are stored in."""
+"""The layers above a hook point: numbers and gradients of the whole model, whatever its weights are stored in."""
 
 import copy
 
