@@ -86,13 +86,10 @@ def main() -> None:
         found_r = [spearman(one, other) for one, other in each]
         low, high = interval(found_r, generator)
         pooled = spearman([x for one, _ in each for x in one], [x for _, other in each for x in other])
-        print(
-            json.dumps({
-                "estimate": name, "tokens": len(each), "top": arguments.top,
-                "mean": round(statistics.fmean(found_r), 4), "low": round(low, 4), "high": round(high, 4), "median": round(statistics.median(found_r), 4),
-                "least": round(min(found_r), 4), "pooled": round(pooled, 4),
-            })
-        )  # fmt: skip
+        figures = {"mean": statistics.fmean(found_r), "low": low, "high": high, "median": statistics.median(found_r)}
+        figures |= {"least": min(found_r), "pooled": pooled}
+        rounded = {what: round(value, 4) for what, value in figures.items()}
+        print(json.dumps({"estimate": name, "tokens": len(each), "top": arguments.top} | rounded))
     print(json.dumps({"seconds_a_token": round(statistics.median(seconds), 3)}))
 
 

@@ -99,9 +99,8 @@ def patch(
         answer = int(ends[0].argmax()) if answer is None else answer
         wrong = int(ends[1].argmax()) if wrong is None else wrong
         if answer == wrong:
-            raise SteerError(
-                f"both prompts go on with {tokenizer.token_text(answer)!r}", "say which tokens: `--answer`, `--wrong`"
-            )
+            both = f"the answer and the wrong one are both {tokenizer.token_text(answer)!r}"
+            raise SteerError(both, "say which two tokens: `--answer`, `--wrong`")
         at_clean, at_corrupt = ({point: x_BTD[0] for point, x_BTD in found.items()} for _, found in read)
         high, low = (float(logits_V[answer] - logits_V[wrong]) for logits_V in ends)
         cells = []

@@ -191,7 +191,7 @@ def test_a_wide_table_is_broken_into_blocks(steer: Steer, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["p.html", "p.png", "p.svg"])
 def test_patch_draws_a_picture(steer: Steer, tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    ran = steer("patch", "The <b>a is", "the <b>a is", "--picture", str(file))
+    ran = steer("patch", "The <b>a is", "the <b>a is", "--picture", str(file), "--answer", "a", "--wrong", "b")
     assert ran.code == 0 and f"wrote {file}" in ran.err
     assert [one.name for one in tmp_path.iterdir()] == [name]
     head = file.read_bytes()
@@ -219,7 +219,7 @@ def test_patch_draws_a_picture(steer: Steer, tmp_path: Path, name: str) -> None:
         (("ab", "cb", "--latents", "64"), "there is no latent 64"),
         (("ab", "cb", "--latents", "3", "--at", "blocks.1.hook_resid_post"), "the latents stand at"),
         (("ab", "cb", "--picture", "p.gif"), "`p.gif` is no picture"),
-        (("ab", "cb", "--answer", "a", "--wrong", "a"), "both prompts go on with 'a'"),
+        (("ab", "cb", "--answer", "a", "--wrong", "a"), "the answer and the wrong one are both 'a'"),
     ],
 )
 def test_a_bad_patch_is_one_sentence(steer: Steer, arguments: tuple[str, ...], why: str) -> None:

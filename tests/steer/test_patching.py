@@ -110,7 +110,7 @@ def test_only_what_some_latents_contribute(models: tuple[Transformer, Any], kind
         (CLEAN, CORRUPT[:-1], {}, "the clean prompt has 11 tokens and the corrupt one 10"),
         (CLEAN, CLEAN, {}, "the same"),
         (CLEAN, CORRUPT, {"positions": [3, 11]}, "no token 11"),
-        (CLEAN, CORRUPT, {"answer": 65, "wrong": 65}, "both prompts go on with 'A'"),
+        (CLEAN, CORRUPT, {"answer": 65, "wrong": 65}, "the answer and the wrong one are both 'A'"),
         (CLEAN, CORRUPT, {"points": [HookPoint(2, "resid_post")]}, "the model has 2 blocks"),
     ],
 )
