@@ -10,10 +10,11 @@ the number loses when that part alone goes, m(x) - m(x - c). Three figures are g
 
 Norms, attention and the softmax bend m within the length of one part, so that the plain gradient ranks too coarsely
 (`docs/why.md` has the figures). Halfway to where the part is gone the gradient is right to second order. One pass a
-part would cost more than removing it; so the `REFINED` strongest are dealt out over `GROUPS` groups like cards, strong
-ones apart, and a group goes halfway together: the midpoint rule of integrated gradients (Sundararajan et al. 2017,
-arXiv 1703.01365) on each group's own path. The joint path of all parts at once, the usual one, is worse here than the
-plain gradient: it passes through tensors unlike any that the model reads.
+part would cost more than removing it; so the strongest are dealt out like cards over `GROUPS` groups of `MEMBERS`,
+strong ones apart, and a group goes halfway together: the midpoint rule of integrated gradients (Sundararajan et al.
+2017, arXiv 1703.01365) on each group's own path. Long prompts, whose passes take long, get fewer groups. The joint path
+of all parts at once, the usual one, is worse here than the plain gradient: it passes through tensors unlike any that
+the model reads.
 
 Suffixes: T tokens, D width, B runs, P pairs of an active latent and a position, K slots of a
 position, N latents that are active somewhere.
@@ -31,8 +32,11 @@ from torch import Tensor
 from sae.kernels import decode_pairs, dot_pairs
 from sae.model import SAE
 
-REFINED = 64
 GROUPS = 16
+MEMBERS = 4
+_FEWEST = 4
+_GROUP_TOKENS = 4096
+"""Tokens of all groups' passes from which on there are fewer groups."""
 TOKENS_AT_ONCE = 2048
 """Tokens of all runs that one pass through the model holds."""
 
@@ -88,8 +92,9 @@ def estimate(metric: Metric, x_TD: Tensor, parts: LatentParts) -> Effects:
     dots_P = parts.dots(gradient_1TD[0])
     gradient_N = _per_part(parts, dots_P)
     attribution_P = dots_P.clone()
-    strongest = gradient_N.abs().argsort(descending=True, stable=True)[:REFINED]
-    groups = [strongest[start::GROUPS] for start in range(min(GROUPS, len(strongest)))]
+    count = max(_FEWEST, min(GROUPS, _GROUP_TOKENS // len(x_TD)))
+    strongest = gradient_N.abs().argsort(descending=True, stable=True)[: count * MEMBERS]
+    groups = [strongest[start::count] for start in range(min(count, len(strongest)))]
     members = [torch.isin(parts.part_P, group) for group in groups]
     for some in _split(members, len(x_TD)):
         halfway = torch.stack([x_TD - 0.5 * parts.sum(member_P) for member_P in some])

@@ -107,10 +107,11 @@ def test_effects_are_those_of_hooks_on_transformers(models: tuple[Transformer, A
     assert found.total == pytest.approx(sum(effect.attribution for effect in found.latents) + found.error)
 
 
-@pytest.mark.parametrize(("kind", "index"), [("topk", 2), ("relu", 8)])
+@pytest.mark.parametrize(("kind", "index", "groups"), [("topk", 2, 16), ("relu", 8, 16), ("relu", 8, 5)])
 def test_the_strongest_are_dealt_into_groups_that_go_halfway(
-    models: tuple[Transformer, Any], kind: str, index: int
+    models: tuple[Transformer, Any], kind: str, index: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("steer.effects._GROUP_TOKENS", groups * index)
     model, theirs = models
     before = TOKENS[:index]
     found = why_token(model, TOKENIZER, sae_of(kind), HOOK, TOKENS, index)
@@ -119,8 +120,9 @@ def test_the_strongest_are_dealt_into_groups_that_go_halfway(
     parts = contributions(sae_of(kind), seen[0])
     assert len(found.latents) == len(parts) and (len(parts) == 8 if kind == "topk" else len(parts) > 40)
     by_gradient = sorted(found.latents, key=lambda effect: -abs(effect.gradient))
-    for start in range(min(16, len(parts))):
-        group = by_gradient[start::16]
+    assert all(effect.attribution == effect.gradient for effect in by_gradient[4 * groups :])
+    for start in range(min(groups, len(parts))):
+        group = by_gradient[: 4 * groups][start::groups]
         halfway_TD = seen[0] - sum(parts[effect.latent] for effect in group) / 2
         leaf_TD = halfway_TD.requires_grad_()
         by_hand(theirs, before, lambda _, leaf_TD=leaf_TD: leaf_TD)[TOKENS[index]].backward()
