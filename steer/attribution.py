@@ -3,7 +3,7 @@
 `why_token` says which latents pushed a token up or down, `why_latent` which earlier tokens (or latents of an SAE
 further down) made a latent fire, `ablate` what every token of a text loses when a latent is taken out. Each gives plain
 frozen dataclasses. How an effect is estimated is told in `steer/effects.py`, how the model is run in `steer/replay.py`;
-the reconstruction error is kept in all of them.
+the reconstruction error is kept in all of them. They only read the model, so that they may run beside a reply.
 
 Positions are numbered as `steer inspect` numbers them, BOS being 0; there and on special tokens the SAE is not read.
 Suffixes: B runs, T tokens, D width, V vocabulary, F latents, P pairs of a latent and a position, N latents that are on,

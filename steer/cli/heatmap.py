@@ -38,6 +38,8 @@ def check_picture(file: Path) -> None:
     suffix = file.suffix.lower()
     if suffix not in (".html", *DRAWN):
         raise SteerError(f"`{file}` is no picture that can be drawn", f"end its name in .html, {', '.join(DRAWN)}")
+    if not file.parent.is_dir():
+        raise SteerError(f"there is no folder `{file.parent}` to write `{file.name}` to", "make it first")
     if suffix == ".html":
         return
     try:

@@ -67,6 +67,8 @@ def why(
     if latent is not None and against is not None:
         raise SteerError("--against explains a token, --latent a latent", "leave one of them out")
     wanted = given_text(prompt, "prompt")
+    if prompt in (None, "-"):
+        wanted = wanted.removesuffix("\n")  # what `echo` adds is no part of the prompt
     engine = engines.load_engine(settings)
     if engine.sae is None:
         raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`")

@@ -1,5 +1,6 @@
 """`steer why`, `steer patch` and `steer inspect --ablate` on a tiny model and SAE in folders."""
 
+import io
 import json
 import subprocess
 import sys
@@ -79,6 +80,12 @@ def test_a_token_at_the_end_is_the_models_own(steer: Steer) -> None:
     against = steer("why", TEXT, "--json", "--against", "x").lines[0]["about"]
     assert against["against"]["token"] == ord("x")
     assert steer("why", TEXT, "--json", "--against", "120").lines[0]["about"] == against
+
+
+def test_a_prompt_on_stdin_is_read_without_its_last_newline(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = steer("why", TEXT, "--json", "--top", "2").lines
+    monkeypatch.setattr("sys.stdin", io.StringIO(TEXT + "\n"))
+    assert steer("why", "--json", "--top", "2").lines == typed
 
 
 def test_a_table_for_a_person(steer: Steer) -> None:
@@ -219,6 +226,7 @@ def test_patch_draws_a_picture(steer: Steer, tmp_path: Path, name: str) -> None:
         (("ab", "cb", "--latents", "64"), "there is no latent 64"),
         (("ab", "cb", "--latents", "3", "--at", "blocks.1.hook_resid_post"), "the latents stand at"),
         (("ab", "cb", "--picture", "p.gif"), "`p.gif` is no picture"),
+        (("ab", "cb", "--picture", "nowhere/p.html"), "there is no folder `nowhere`"),
         (("ab", "cb", "--answer", "a", "--wrong", "a"), "the answer and the wrong one are both 'a'"),
     ],
 )
