@@ -229,12 +229,12 @@ def why_latent(
     the first. What is explained is the latent's pre-activation in the units of its activation, without the race for k
     places. Raises `SteerError` where the latent is off, and for an SAE that does not stand below.
     """
-    if not 0 <= latent < sae.config.d_sae:
-        raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
+    _check_latent(sae, latent)
     start = HookPoint(0, "resid_pre") if through is None else through[1]
     if _depth(start) >= _depth(hook):
         raise SteerError(f"the SAE at {start} does not stand below the one at {hook}", "give one of an earlier layer")
-    activation_T = _activations(model, tokenizer, sae, hook, tokens, latent)
+    whole = LatentParts(sae, Replay(model, tokens, hook).x_TD, readable(tokenizer, tokens, model.device))
+    activation_T = whole.activations(latent)
     index = int(activation_T.argmax()) if index is None else index
     if not 0 <= index < len(tokens):
         raise SteerError(f"there is no token {index} in this text", f"its tokens go from 0 to {len(tokens) - 1}")
@@ -284,21 +284,22 @@ def _token_effects(
         TokenEffect(place, tokens[place], tokenizer.token_text(tokens[place]), effect, mean)
         for (place, effect), mean in zip_longest(order, means)
     ]
-    return tuple(sorted(found, key=lambda one: (one.removed is None, -abs(one.removed or one.attribution))))
+    return (
+        *sorted((one for one in found if one.removed is not None), key=lambda one: -abs(one.removed or 0.0)),
+        *(one for one in found if one.removed is None),
+    )
 
 
 def ablate(
     model: Transformer, tokenizer: Tokenizer, sae: SAE, hook: HookPoint, tokens: Sequence[int], latent: int
 ) -> tuple[TokenChange, ...]:
     """What each token of a text loses of its log-probability when a latent is ablated wherever it is on."""
-    if not 0 <= latent < sae.config.d_sae:
-        raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
+    _check_latent(sae, latent)
     replay = Replay(model, tokens, hook)
     parts = LatentParts(sae, replay.x_TD, readable(tokenizer, tokens, model.device))
-    on_P = parts.latent_P == latent
-    activation_T = replay.x_TD.new_zeros(len(tokens)).index_add_(0, parts.position_P[on_P], parts.activation_P[on_P])
+    activation_T = parts.activations(latent)
     with torch.no_grad():
-        rows = [_logprobs(replay, x_TD) for x_TD in (replay.x_TD, replay.x_TD - parts.sum(on_P))]
+        rows = [_logprobs(replay, x_TD) for x_TD in (replay.x_TD, replay.x_TD - parts.sum(parts.latent_P == latent))]
     read = zip(activation_T[1:].tolist(), *rows, strict=True)
     changes = [
         TokenChange(place, on, plain, without - plain) for place, (on, plain, without) in enumerate(read, start=1)
@@ -368,17 +369,13 @@ def _part(parts: LatentParts, number: int) -> Tensor:
     return parts.sum(parts.part_P == number)
 
 
-def _activations(
-    model: Transformer, tokenizer: Tokenizer, sae: SAE, hook: HookPoint, tokens: Sequence[int], latent: int
-) -> Tensor:
-    """(T,): the latent's activation at each token, 0 where the SAE is not read."""
-    parts = LatentParts(sae, Replay(model, tokens, hook).x_TD, readable(tokenizer, tokens, model.device))
-    on_P = parts.latent_P == latent
-    zeros_T = parts.activation_P.new_zeros(len(tokens))
-    return zeros_T.index_add_(0, parts.position_P[on_P], parts.activation_P[on_P])
+def _check_latent(sae: SAE, latent: int) -> None:
+    if not 0 <= latent < sae.config.d_sae:
+        raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
 
 
 def readable(tokenizer: Tokenizer, tokens: Sequence[int], device: torch.device) -> Tensor:
+    """bool (T,): where an SAE is read, which is neither on the first token nor on special ones."""
     flags = [place > 0 and token not in tokenizer.special_ids for place, token in enumerate(tokens)]
     return torch.tensor(flags, device=device)
 

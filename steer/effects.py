@@ -64,6 +64,12 @@ class LatentParts:
         self.error_TD = torch.where(readable_T[:, None], rest_TD, 0.0)
         """What the SAE does not explain, 0 where it is not read."""
 
+    def activations(self, latent: int) -> Tensor:
+        """(T,): the latent's activation at each position, 0 where it is off or the SAE is not read."""
+        on_P = self.latent_P == latent
+        zeros_T = self.activation_P.new_zeros(len(self.error_TD))
+        return zeros_T.index_add_(0, self.position_P[on_P], self.activation_P[on_P])
+
     def dots(self, gradient_TD: Tensor) -> Tensor:
         """(P,): each pair's contribution times the gradient at its position."""
         return self._value_P * dot_pairs(gradient_TD, self._W_dec_FD, self.latent_P, self.position_P)
