@@ -82,5 +82,5 @@ def test_help_names_every_command() -> None:
         text=True,
     )
     assert ran.returncode == 0 and ran.stderr == ""
-    for name in ("chat", "complete", "inspect", "features", "capture", "train", "label", "doctor"):
+    for name in ("chat", "complete", "inspect", "why", "patch", "features", "capture", "train", "label", "doctor"):
         assert re.search(rf"^  {name} ", ran.stdout, re.MULTILINE), name

@@ -29,16 +29,20 @@ from steer.cli import (
     features,
     inspect,
     label,
+    patch,
     preprocess,
     split,
     train,
+    why,
 )
 from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
 
-COMMANDS = (chat, complete, inspect, features, calibrate, split, capture, preprocess, train, evaluate, label, doctor)
+COMMANDS = (
+    chat, complete, inspect, why, patch, features, calibrate, split, capture, preprocess, train, evaluate, label, doctor,
+)  # fmt: skip
 """The modules that put their commands on `app`, in the order of the help."""
 SHARED = ("complete", "inspect", "capture", "train")
 """Commands that several processes run together; the others ask a person, or write files that are one process's."""
