@@ -1,7 +1,7 @@
 """What a recipe was made with, told from the files themselves, and what differs here.
 
-A model is known by a hash that takes milliseconds and does not depend on how it is loaded (`--dtype`, `--quantize`): its
-config, and of every file of its weights the size and 16 pieces of 64 KiB that lie evenly in it. A copy has the same
+A model is known by a hash that takes milliseconds and does not depend on how it is loaded (`--dtype`, `--quantize`):
+its config, and of every file of its weights the size and 16 pieces of 64 KiB that lie evenly in it. A copy has the same
 hash, a fine-tuned model another; so has the same model in another layout. A tokenizer is known by its files, an SAE by
 the sha256 of `sae.safetensors`, which label indexes name too.
 
@@ -148,7 +148,7 @@ def _raw(engine: EngineLike, edit: Edit) -> float | None:
     return float(f"{told.raw:.9g}") if told else None
 
 
-# -- what differs -------------------------------------------------------------------------------------------------------
+# -- what differs ------------------------------------------------------------------------------------------------
 
 
 def compare(recipe: Recipe, settings: Settings, engine: EngineLike | None) -> list[Check]:

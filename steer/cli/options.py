@@ -100,8 +100,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap the text in the chat format.")]
 
 
-def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Puts a function on `group` as a command that takes the shared options; with `sampled`, those of sampling too."""
+def command(
+    group: typer.Typer = app, *, sampled: bool = False, name: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Puts a function on `group` as a command that takes the shared options; with `sampled`, those of sampling too.
+    `name` is for one that Python would not let a function have."""
     shared = _SHARED | (_SAMPLED if sampled else {})
 
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +125,7 @@ def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Cal
         own = [entry.replace(kind=keyword) for entry in own]
         run.__signature__ = inspect.Signature(own + more)  # type: ignore[attr-defined]  # typer reads it
         run.__name__, run.__doc__, run.__annotations__ = body.__name__, body.__doc__, {}
-        group.command()(run)
+        group.command(name)(run)
         return body
 
     return add

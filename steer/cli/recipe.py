@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer import __version__
 from steer.cli import engines
 from steer.cli.complete import complete
 from steer.cli.options import Chat, Edits, Error, Json, app, command, narrate, put, steering_set
 from steer.config import DEMO_LABELS, Settings, sessions_folder
-from steer.edits import FORMULAS, Edit, SteeringSet
-from steer.errors import ExitCode, SteerError, sentence
+from steer.edits import FORMULAS, SteeringSet, Strength
+from steer.errors import ExitCode, SteerError
 from steer.events import clean, clean_line
 from steer.recipe import Line, Recipe
 from steer.session import Sampling, Session
 
 if TYPE_CHECKING:
     from steer.made_with import Check
+    from steer.recipe_formats import Decoder
 
 recipe = typer.Typer(
     help="Steering sets to keep, to share and to run again.",
@@ -139,6 +144,81 @@ def apply(
     return ran
 
 
+Hook = Annotated[str, typer.Option(help="Where the edits act, for a file that does not say.", metavar="HOOK")]
+SAEName = Annotated[
+    str,
+    typer.Option(
+        help="The SAE's name there: neuronpedia:MODEL/SOURCE, sparsify:REPO, sae_lens:RELEASE/ID, goodfire:MODEL.",
+        metavar="NAME",
+    ),
+]
+
+
+@command(recipe, name="import")
+def import_(
+    settings: Settings,
+    source: Annotated[str, typer.Argument(help="A file of another tool, or a Neuronpedia link.", metavar="SOURCE")],
+    file: File,
+    format: Annotated[
+        str | None,
+        typer.Option("--from", help="lm-eval, gguf, neuronpedia or goodfire; else by the file.", metavar="FORMAT"),
+    ] = None,
+    hook: Hook = "",
+    sae_name: SAEName = "",
+    strength: Annotated[str, typer.Option(help="Of features that come without one.", metavar="STRENGTH")] = "1x",
+    coefficient: Annotated[float, typer.Option(help="Of a control vector.", metavar="X")] = 1.0,
+    force: Force = False,
+) -> None:
+    """Make a recipe of another tool's file; says what was lost or assumed."""
+    from steer.recipe_formats import Asked, find_format
+
+    _check_free(file, force)
+    asked = Asked(hook, sae_name, Strength.parse(strength), coefficient)
+    done = find_format(format, source, "read").read(Path(source), asked, _decoder(settings))
+    for note in done.notes:
+        narrate(note)
+    if not done.recipe.lines:
+        raise SteerError(f"nothing of `{clean(source)}` can be said as an edit", "see what was left out above")
+    replace(done.recipe, steer=__version__, created=time.strftime("%Y-%m-%dT%H:%M:%S%z")).write(file)
+    narrate(f"wrote {file}: {_edits(len(done.recipe.lines))}")
+
+
+@command(recipe)
+def export(
+    settings: Settings,
+    file: File,
+    out: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")],
+    format: Annotated[
+        str | None, typer.Option("--to", help="lm-eval, gguf, neuronpedia or goodfire; else by OUT.", metavar="FORMAT")
+    ] = None,
+    sae_name: SAEName = "",
+    force: Force = False,
+) -> None:
+    """Write a recipe for another tool; says what was lost."""
+    from steer.recipe import write_whole
+    from steer.recipe_formats import Asked, find_format
+
+    _check_free(out, force)
+    read = Recipe.read(file)
+    done = find_format(format, str(out), "write").write(read, Asked(sae_name=sae_name), _decoder(settings))
+    for note in done.notes:
+        narrate(note)
+    write_whole(out, done.content)
+    narrate(f"wrote {out}")
+
+
+def _decoder(settings: Settings) -> Callable[[], Decoder]:
+    """What loads the engine when a format asks for the SAE, once."""
+
+    @functools.cache
+    def load() -> Decoder:
+        from steer.recipe_formats.decoder import EngineDecoder
+
+        return EngineDecoder(engines.load_engine(settings))
+
+    return load
+
+
 @command(recipe)
 def check(settings: Settings, file: File, json: Json = False) -> int:
     """Compare a recipe with the model and SAE in use."""
@@ -177,7 +257,7 @@ def _edits(count: int) -> str:
     return f"{count} edit{'' if count == 1 else 's'}"
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------------------------
 
 
 def _labels(read: Recipe, settings: Settings) -> dict[int, str]:
