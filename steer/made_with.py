@@ -158,9 +158,10 @@ def compare(recipe: Recipe, settings: Settings, engine: EngineLike | None) -> li
     """
     saes = sae_marks(settings)
     checks = list(_compare_model(recipe.model, model_mark(settings, engine))) if recipe.model else []
-    live = {_canonical(recipe.hook_of(edit)) for edit in recipe.steering.live if edit.kind != "vector" or edit.when}
+    live = [edit for edit in recipe.steering.live if edit.kind != "vector" or edit.when or not edit.hook]
+    at, bare = {_canonical(recipe.hook_of(edit)) for edit in live}, any(not edit.hook for edit in live)
     for place, mark in enumerate(recipe.saes):
-        checks += _compare_sae(mark, saes, first=place == 0, needed=_canonical(mark.hook) in live)
+        checks += _compare_sae(mark, saes, meant=place == 0 and bare, needed=_canonical(mark.hook) in at)
     if engine is None or any(check.blocks for check in checks):
         return checks
     for number, line in enumerate(recipe.lines, 1):
@@ -213,7 +214,8 @@ def _compare_model(then: ModelMark, now: ModelMark) -> Iterator[Check]:
             yield _same("model", name, before, here, why)
 
 
-def _compare_sae(then: SAEMark, saes: Sequence[SAEMark], *, first: bool, needed: bool) -> Iterator[Check]:
+def _compare_sae(then: SAEMark, saes: Sequence[SAEMark], *, meant: bool, needed: bool) -> Iterator[Check]:
+    """`meant`, whether edits without a hook point mean it; `needed`, whether any edit does."""
     hook = _canonical(then.hook)
     now = next((mark for mark in saes if mark.hook == hook), None)
     if now is None:
@@ -222,8 +224,8 @@ def _compare_sae(then: SAEMark, saes: Sequence[SAEMark], *, first: bool, needed:
         yield Check("sae hook", False, message, hook, [mark.hook for mark in saes], needed)
         return
     what = f"sae at {hook}"
-    if first and saes[0] is not now:
-        yield Check("sae order", False, f"{what}: it is not the first one here", hook, saes[0].hook, needed)
+    if meant and saes[0] is not now:
+        yield Check("sae order", False, f"{what}: it is not the first one here", hook, saes[0].hook, True)
     for name, why in (
         ("d_sae", "its latents are others"),
         ("d_in", ""),

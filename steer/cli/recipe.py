@@ -221,7 +221,7 @@ def _decoder(settings: Settings) -> Callable[[], Decoder]:
 
 @command(recipe)
 def check(settings: Settings, file: File, json: Json = False) -> int:
-    """Compare a recipe with the model and SAE in use."""
+    """Compare a recipe with the model and SAE in use; exits 1 when it cannot run with them."""
     from steer.made_with import compare
 
     read = Recipe.read(file)

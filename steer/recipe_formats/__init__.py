@@ -163,23 +163,30 @@ def canonical(hook: str) -> str:
 
 
 def imported(path: Path | str, title: str, lines: Sequence[Line], marks: Sequence[SAEMark], **given: Any) -> Recipe:
-    """The recipe of what was read; `SteerError` when nothing could be."""
+    """The recipe of what was read; `SteerError` for more edits than are read, and for a setting that cannot be."""
     if len(lines) > MOST_EDITS:
         raise SteerError(f"`{path}` holds {len(lines):,} edits, and at most {MOST_EDITS:,} are read")
     given = {"name": clean(Path(path).stem), "notes": f"from the {title} {clean(Path(path).name)}"} | given
-    return Recipe(tuple(lines), saes=tuple(marks), **given)
+    try:
+        return Recipe(tuple(lines), saes=tuple(marks), **given)
+    except SteerError as error:
+        raise SteerError(f"`{path}` cannot be used: {error}", error.hint) from error
 
 
 # -- what a format cannot express --------------------------------------------------------------------------------
 
 
-def raw_of(line: Line, decoder: Callable[[], Decoder]) -> float:
-    """What the strength of an edit comes to: as written, as the recipe holds it, else with the SAE in use."""
+def raw_of(line: Line, decoder: Callable[[], Decoder], notes: list[str]) -> float:
+    """What the strength of an edit comes to: as written, as the recipe holds it, else with the SAE in use; a sentence
+    in `notes` where that is not as written."""
     strength = line.edit.strength
     assert strength is not None
     if strength.unit == "raw":
         return strength.number
-    return line.raw if line.raw is not None else decoder().raw(line.edit)
+    raw = line.raw if line.raw is not None else decoder().raw(line.edit)
+    where = "where the recipe was made" if line.raw is not None else "with the SAE in use"
+    notes.append(f"changed: `{line.edit}`: {strength} is written as {raw:.6g}, which it comes to {where}")
+    return raw
 
 
 def place_of(recipe: Recipe, edit: Edit) -> str:

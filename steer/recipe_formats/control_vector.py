@@ -99,7 +99,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
     for line in recipe.lines:
         layer = _layer(recipe, line.edit, decoder, notes)
         if layer is not None:
-            added_D = raw_of(line, decoder) * np.asarray(decoder().row(line.edit), np.float64)
+            added_D = raw_of(line, decoder, notes) * np.asarray(decoder().row(line.edit), np.float64)
             directions[layer] = directions.get(layer, 0.0) + added_D
     if not directions:
         raise SteerError("no edit of this recipe can be a control vector", "; ".join(notes) or "it holds none")

@@ -33,7 +33,6 @@ from steer.recipe_formats import (
     imported,
     left_out,
     place_of,
-    raw_of,
     read_json,
     unsaid,
     why_not,
@@ -118,10 +117,9 @@ def _edit(feature: dict[str, Any], mode: str, value: object, hook: str, when: Co
     number = as_number(value, f"the value of feature {latent} in `{path}`")
     match mode:
         case "nudge":
-            return Edit(latent, "add", Strength(number, "max"), hook=hook, when=when)
+            return Edit(latent, "add", _share(number), hook=hook, when=when)
         case "pin":
-            strength = Strength(number, "max") if number else Strength(0.0)
-            return Edit(latent, "clamp", strength, hook=hook, when=when)
+            return Edit(latent, "clamp", _share(number), hook=hook, when=when)
         case "mul":
             return Edit(latent, "scale", Strength(number), hook=hook, when=when)
     raise SteerError(f"the mode of feature {latent} in `{path}` is `{clean(mode)[:40]}`", "known are nudge, pin, mul")
@@ -142,7 +140,12 @@ def _condition(group: object, notes: list[str], path: str) -> tuple[Condition | 
         notes.append("changed: a condition `>=` is read as `>`")
     other = as_latent(left[0].get("index_in_sae"), f"index_in_sae of a condition in `{path}`")
     notes.append("assumed: a condition once met stays met for the reply")
-    return Condition(other, Strength(as_number(right, f"a condition in `{path}`"), "max")), None
+    return Condition(other, _share(as_number(right, f"a condition in `{path}`"))), None
+
+
+def _share(number: float) -> Strength:
+    """A share of a latent's max; none of it is 0 whatever the max."""
+    return Strength(number, "max") if number else Strength(0.0)
 
 
 def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Written:
@@ -153,16 +156,18 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         why = why_not(line.edit, ("add", "clamp", "scale", "ablate"), ("when",))
         if not why and place_of(recipe, line.edit) not in ("all", "all+special"):
             why = f"it acts on {line.edit.place}, and the format does not tell tokens apart"
-        values = None if why else _values(line, decoder)
+        values = None if why else _values(line, decoder, notes)
         if not why and values is None:
             why = "its latent has no recorded max, of which the format's values are shares"
         if why or values is None:
             notes.append(left_out(line.edit, why or ""))
             continue
+        if line.edit.kind == "ablate":
+            notes.append(f"changed: `{line.edit}` is written as a pin to 0, which does the same")
         if place_of(recipe, line.edit) == "all+special":
             notes.append(f"changed: `{line.edit}`: the format does not say that special tokens are edited too")
         written.append((line, *values))
-    model = _model(recipe, [line for line, *_ in written], asked)
+    model = _model(recipe, [line for line, *_ in written], asked, notes)
     latents = [line.edit.latent for line, *_ in written]
     plain = all(mode == "nudge" and line.edit.when is None for line, mode, *_ in written)
     if written:
@@ -179,7 +184,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
     return Written((json.dumps(content, indent=2) + "\n").encode(), notes + unsaid(recipe))
 
 
-def _values(line: Line, decoder: Callable[[], Decoder]) -> tuple[str, float, float] | None:
+def _values(line: Line, decoder: Callable[[], Decoder], notes: list[str]) -> tuple[str, float, float] | None:
     """Mode, value and the bound of the condition (0 without one); None where a max that is needed is not known."""
     edit, bound = line.edit, 0.0
     if edit.when:
@@ -192,6 +197,9 @@ def _values(line: Line, decoder: Callable[[], Decoder]) -> tuple[str, float, flo
             if not maximum:
                 return None
             bound = raw / maximum
+            notes.append(
+                f"changed: `{edit}`: its condition is written as {bound:.6g} times the max of {edit.when.latent}"
+            )
     if edit.kind == "ablate":
         return "pin", 0.0, bound
     assert edit.strength is not None
@@ -202,15 +210,20 @@ def _values(line: Line, decoder: Callable[[], Decoder]) -> tuple[str, float, flo
         maximum = line.max or decoder().maximum(edit)
         if not maximum:
             return None
-        value = raw_of(line, decoder) / maximum
+        raw = edit.strength.number if edit.strength.unit == "raw" else line.raw or decoder().raw(edit)
+        value = raw / maximum
+        notes.append(f"changed: `{edit}`: {edit.strength} is written as {value:.6g} times the max of its latent")
     return mode, value, bound
 
 
-def _model(recipe: Recipe, lines: list[Line], asked: Asked) -> str:
-    """The model whose SAE the edits are of; `SteerError` where it is none of Goodfire's."""
-    if asked.sae_name:
-        return asked.sae_name.removeprefix("goodfire:")
+def _model(recipe: Recipe, lines: list[Line], asked: Asked, notes: list[str]) -> str:
+    """The model whose SAE the edits are of; `SteerError` where it is none of Goodfire's and none was told."""
     hooks = {canonical(hook) for line in lines if (hook := recipe.hook_of(line.edit))}
+    if told := asked.sae_name.removeprefix("goodfire:"):
+        if hooks - {MODELS.get(told, "")}:
+            where = f"its features stand at {MODELS[told]}" if told in MODELS else "it is not known to the service"
+            notes.append(f"changed: the edits act at {', '.join(sorted(hooks))}, and of {clean(told)} {where}")
+        return told
     named = {
         name.removeprefix("goodfire:") for mark in recipe.saes for name in mark.names if name.startswith("goodfire:")
     }

@@ -169,13 +169,13 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         line = kept.pop(0)
         edit, hook = line.edit, canonical(recipe.hook_of(line.edit))
         if edit.kind == "add":
-            action, value = "add", raw_of(line, decoder)
+            action, value = "add", raw_of(line, decoder, notes)
         else:
             beside = next((other for other in kept if _beside(recipe, other.edit, edit)), None)
             push = 0.0
             if beside:
                 kept.remove(beside)
-                push = raw_of(beside, decoder)
+                push = raw_of(beside, decoder, notes)
             action, value = "clamp", push * _length(edit, decoder()) - decoder().along_bias(edit)
         loader, model, sae_id = _sae_cells(recipe, hook, asked)
         hooks.append(hook)

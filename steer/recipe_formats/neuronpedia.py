@@ -40,6 +40,7 @@ from steer.recipe_formats import (
     raw_of,
     read_text,
     round_off,
+    special_note,
     unsaid,
     why_not,
 )
@@ -115,8 +116,8 @@ def _read_preset(path: Path, preset: dict[str, Any], asked: Asked) -> Read:
     place = "all" if preset.pop("steer_special_tokens", True) is False else "all+special"
     if preset.pop("normalize_steering", False):
         notes.append("changed: it asks for directions of length 1, and here the decoder's rows are taken as they are")
-    for number, entry in enumerate(features, 1):
-        what = f"feature {number} of `{path}`"
+    for place_in, entry in enumerate(features, 1):
+        what = f"feature {place_in} of `{path}`"
         one = _snake(entry) if isinstance(entry, dict) else {}
         if "index" not in one:
             notes.append(f"left out: {what}: it has no index, so it is a vector or something else")
@@ -128,7 +129,8 @@ def _read_preset(path: Path, preset: dict[str, Any], asked: Asked) -> Read:
             strength = asked.strength
             notes.append(f"assumed: strength {strength} for feature {latent}: none is given")
         else:
-            strength = Strength(round_off(as_number(one["strength"], f"strength of {what}") * multiplier))
+            number = as_number(one["strength"], f"strength of {what}")
+            strength = Strength(number if multiplier == 1 else round_off(number * multiplier))
         edit = Edit(latent, "add", strength, place=place, hook=hook)
         lines += [Line(one) for one in _by_method(method, edit, notes)]
     settings: dict[str, Any] = {}
@@ -184,7 +186,7 @@ def _snake(data: dict[str, Any]) -> dict[str, Any]:
 def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Written:
     """A preset, which the steering API takes too. One has one method: `add` where there is one, else `project`."""
     notes: list[str] = []
-    kept = [line for line in recipe.lines if _expressible(recipe, line.edit, notes)]
+    kept = [line for line in recipe.lines if _expressible(recipe, line.edit, asked, notes)]
     kinds = {line.edit.kind for line in kept}
     method = PROJECTS if kinds == {"project"} else ADDS
     if len(kinds) > 1:
@@ -193,19 +195,17 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         kept = [line for line in kept if line.edit.kind == "add"]
     places = {place_of(recipe, line.edit) for line in kept}
     if len(places) > 1:
-        notes.append("changed: a preset treats special tokens in one way; here all edits act on them")
+        notes += [special_note(line.edit) for line in kept if place_of(recipe, line.edit) == "all"]
     if method == PROJECTS:
         values = _projected(recipe, kept, notes)
     else:
-        values = [(line, raw_of(line, decoder)) for line in kept]
+        values = [(line, raw_of(line, decoder, notes)) for line in kept]
     features = []
     for line, value in values:
         if abs(value) > STRONGEST:
             notes.append(f"changed: `{line.edit}`: the site takes strengths up to {STRONGEST}")
         model, source = _name(recipe, line.edit, asked)
         features.append({"modelId": model, "layer": source, "index": line.edit.latent, "strength": value})
-    if any(not feature["modelId"] for feature in features):
-        notes.append("left out: modelId: say what the SAE is called there, `--sae-name neuronpedia:MODEL/SOURCE`")
     told = {field: recipe.settings[name] for field, name in _SETTINGS.items() if name in recipe.settings}
     preset: dict[str, Any] = {
         "name": recipe.name,
@@ -216,12 +216,16 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
     return Written((json.dumps(preset, indent=2) + "\n").encode(), notes + unsaid(recipe, _SETTINGS.values()))
 
 
-def _expressible(recipe: Recipe, edit: Edit, notes: list[str]) -> bool:
+def _expressible(recipe: Recipe, edit: Edit, asked: Asked, notes: list[str]) -> bool:
+    """Whether a preset has an edit; a sentence in `notes` when not."""
     why, place = why_not(edit, ("add", "project")), place_of(recipe, edit)
     if not why and place not in ("all", "all+special"):
         why = f"Neuronpedia steers every token, not {place}"
     if not why and not recipe.hook_of(edit):
         why = "nothing says where it acts: give it `at HOOK`"
+    if not why and not _name(recipe, edit, asked)[1]:
+        where = recipe.hook_of(edit)
+        why = f"nothing says what its SAE at {where} is called: pass `--sae-name neuronpedia:MODEL/SOURCE`"
     if why:
         notes.append(left_out(edit, why))
     return not why
@@ -246,7 +250,15 @@ def _name(recipe: Recipe, edit: Edit, asked: Asked) -> tuple[str, str]:
     known = [name for mark in recipe.saes if canonical(mark.hook) == hook for name in mark.names]
     for name in ([asked.sae_name] if asked.sae_name else []) + known:
         scheme, _, called = name.partition(":")
-        if scheme == "neuronpedia" and "/" in called:
-            model, _, source = called.partition("/")
+        model, _, source = called.partition("/")
+        if scheme == "neuronpedia" and source and _hook(source) in (hook, ""):
             return model, source
     return "", ""
+
+
+def _hook(source: str) -> str:
+    """The hook point that the name of a source tells; empty when it tells none."""
+    try:
+        return canonical(source)
+    except ValueError:
+        return ""
