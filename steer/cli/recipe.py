@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 recipe = typer.Typer(
     help="Steering sets to keep, to share and to run again.",
-    epilog="`check` exits 0 when the recipe runs here, with what differs listed, and 1 when it cannot.",
+    epilog="`check` exits 0 when the recipe runs here, with what differs listed, and 1 when it cannot. `import` and "
+    "`export` say on stderr what was lost or assumed.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -144,6 +145,33 @@ def apply(
     return ran
 
 
+@command(recipe)
+def check(settings: Settings, file: File, json: Json = False) -> int:
+    """Compare a recipe with the model and SAE in use."""
+    from steer.made_with import compare
+
+    read = Recipe.read(file)
+    checks = compare(read, settings, engines.make_engine(settings))
+    for one in checks:
+        if json:
+            put(_check_entry(one))
+        else:
+            print(("same    " if one.ok else "BLOCKS  " if one.blocks else "differs ") + clean_line(one.message))
+    blocked, differing = sum(one.blocks for one in checks), sum(not one.ok for one in checks)
+    if not any((read.model, read.saes)):
+        narrate("this recipe does not say what it was made with")
+    if blocked:
+        narrate("it cannot run here")
+    else:
+        narrate("it runs here" + (f"; {differing} of {len(checks)} differ" if differing else ", as it was made"))
+    return ExitCode.MISTAKE if blocked else ExitCode.DONE
+
+
+def _check_entry(one: Check) -> dict[str, Any]:
+    told = {"check": one.what, "ok": one.ok, "blocks": one.blocks, "then": one.then, "now": one.now}
+    return told | {"message": one.message}
+
+
 Hook = Annotated[str, typer.Option(help="Where the edits act, for a file that does not say.", metavar="HOOK")]
 SAEName = Annotated[
     str,
@@ -169,7 +197,7 @@ def import_(
     coefficient: Annotated[float, typer.Option(help="Of a control vector.", metavar="X")] = 1.0,
     force: Force = False,
 ) -> None:
-    """Make a recipe of another tool's file; says what was lost or assumed."""
+    """Make a recipe of what another tool wrote."""
     from steer.recipe_formats import Asked, find_format
 
     _check_free(file, force)
@@ -194,7 +222,7 @@ def export(
     sae_name: SAEName = "",
     force: Force = False,
 ) -> None:
-    """Write a recipe for another tool; says what was lost."""
+    """Write a recipe for another tool."""
     from steer.recipe import write_whole
     from steer.recipe_formats import Asked, find_format
 
@@ -217,33 +245,6 @@ def _decoder(settings: Settings) -> Callable[[], Decoder]:
         return EngineDecoder(engines.load_engine(settings))
 
     return load
-
-
-@command(recipe)
-def check(settings: Settings, file: File, json: Json = False) -> int:
-    """Compare a recipe with the model and SAE in use; exits 1 when it cannot run with them."""
-    from steer.made_with import compare
-
-    read = Recipe.read(file)
-    checks = compare(read, settings, engines.make_engine(settings))
-    for one in checks:
-        if json:
-            put(_check_entry(one))
-        else:
-            print(("same    " if one.ok else "BLOCKS  " if one.blocks else "differs ") + clean_line(one.message))
-    blocked, differing = sum(one.blocks for one in checks), sum(not one.ok for one in checks)
-    if not any((read.model, read.saes)):
-        narrate("this recipe does not say what it was made with")
-    if blocked:
-        narrate("it cannot run here")
-    else:
-        narrate("it runs here" + (f"; {differing} of {len(checks)} differ" if differing else ", as it was made"))
-    return ExitCode.MISTAKE if blocked else ExitCode.DONE
-
-
-def _check_entry(one: Check) -> dict[str, Any]:
-    told = {"check": one.what, "ok": one.ok, "blocks": one.blocks, "then": one.then, "now": one.now}
-    return told | {"message": one.message}
 
 
 def _check_free(file: Path, force: bool) -> None:
@@ -296,13 +297,13 @@ def _page(read: Recipe, names: dict[int, str]) -> list[str]:
         size = f"{mark.layers} blocks of width {mark.width}" if mark.layers else ""
         lines.append("  model  " + ", ".join(filter(None, (mark.name, size, mark.dtype, mark.device))))
         hashes = {"sha256": mark.sha256, "tokenizer": mark.tokenizer}
-        lines += [f"           {name} {value}" for name, value in hashes.items() if value]
+        lines += [f"    {name} {value}" for name, value in hashes.items() if value]
     for sae in read.saes:
         lines.append(
             "  sae    " + ", ".join(filter(None, (sae.hook, f"{sae.d_sae} latents" if sae.d_sae else "", sae.kind)))
         )
-        lines += [f"           sha256 {sae.sha256}"] if sae.sha256 else []
-        lines += [f"           {name}" for name in sae.names]
+        lines += [f"    sha256 {sae.sha256}"] if sae.sha256 else []
+        lines += [f"    {clean_line(name)}" for name in sae.names]
     return lines
 
 
