@@ -12,10 +12,9 @@ another number of latents, or where the engine refuses an edit.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from steer.recipe import Line, ModelMark, Recipe, SAEMark
 from steer.session import EngineLike
 
 PIECES, PIECE = 16, 1 << 16
+CONFIGS = ("config.json", "params.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CLOSE = 1e-6
 """Strengths that differ by a smaller share are the same."""
@@ -48,9 +48,12 @@ class Check:
 def model_hash(path: Path) -> str:
     """What a model on disk is known by, in hexadecimal."""
     from llama_3.checkpoint import weight_files
-    from llama_3.config import read_config
+    from llama_3.config import find_layout
 
-    digest = hashlib.sha256(json.dumps(asdict(read_config(path)), sort_keys=True).encode())
+    folder, digest = find_layout(path)[1], hashlib.sha256()
+    for config in (folder / name for name in CONFIGS):
+        if config.is_file():
+            digest.update(file_hash(config).encode())
     for file in weight_files(path):
         size = file.stat().st_size
         digest.update(str(size).encode())
@@ -98,8 +101,8 @@ def model_mark(settings: Settings, engine: EngineLike | None) -> ModelMark:
     return replace(mark, name=info.model, dtype=info.dtype, device=info.device.partition(":")[0])
 
 
-def sae_marks(settings: Settings) -> tuple[SAEMark, ...]:
-    """The SAEs in use."""
+def sae_marks(settings: Settings, hashed: bool = True) -> tuple[SAEMark, ...]:
+    """The SAEs in use; without `hashed` not their hashes, for which all of their weights are read."""
     from llama_3.hooks import HookPoint
     from sae.checkpoint import read_config
 
@@ -108,7 +111,8 @@ def sae_marks(settings: Settings) -> tuple[SAEMark, ...]:
         config = read_config(folder)
         kind = f"{config.activation}-{config.k}" if config.k else config.activation
         hook = str(HookPoint.parse(config.hook)) if config.hook else ""
-        marks.append(SAEMark(hook, file_hash(folder / "sae.safetensors"), config.d_sae, config.d_in, kind))
+        sha256 = file_hash(folder / "sae.safetensors") if hashed else ""
+        marks.append(SAEMark(hook, sha256, config.d_sae, config.d_in, kind))
     return tuple(marks)
 
 
@@ -156,7 +160,7 @@ def compare(recipe: Recipe, settings: Settings, engine: EngineLike | None) -> li
 
     Without an engine only what the files tell: nothing of dtype and device, and nothing of what the edits mean.
     """
-    saes = sae_marks(settings)
+    saes = sae_marks(settings, any(mark.sha256 for mark in recipe.saes))
     checks = list(_compare_model(recipe.model, model_mark(settings, engine))) if recipe.model else []
     live = [edit for edit in recipe.steering.live if edit.kind != "vector" or edit.when or not edit.hook]
     at, bare = {_canonical(recipe.hook_of(edit)) for edit in live}, any(not edit.hook for edit in live)

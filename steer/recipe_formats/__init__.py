@@ -79,6 +79,8 @@ class Written:
 
     content: bytes
     notes: list[str]
+    edits: int
+    """How many edits of the recipe it holds; a file of none is not worth writing."""
 
 
 class Format(Protocol):

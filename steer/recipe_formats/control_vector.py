@@ -62,6 +62,8 @@ def read(path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read:
             notes.append(f"left out: the tensor {clean(name)[:60]}, which is no direction")
         elif stored.kind != FLOAT32 or len(stored.shape) != 1:
             notes.append(f"left out: {name}: it is not float32 with one dimension")
+        elif stored.offset + 4 * stored.shape[0] > path.stat().st_size:
+            raise SteerError(f"`{path}` is damaged: {name} reaches beyond its end")
         else:
             layers.append(int(match[1]))
             widths.add(stored.shape[0])
@@ -91,7 +93,7 @@ def read(path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read:
 
 
 def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Written:
-    """The file of the summed directions; `SteerError` when no edit can be expressed."""
+    """The file of the summed directions."""
     import numpy as np
 
     notes: list[str] = []
@@ -101,15 +103,12 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         if layer is not None:
             added_D = raw_of(line, decoder, notes) * np.asarray(decoder().row(line.edit), np.float64)
             directions[layer] = directions.get(layer, 0.0) + added_D
-    if not directions:
-        raise SteerError("no edit of this recipe can be a control vector", "; ".join(notes) or "it holds none")
     notes.append(f"assumed: {COUNTED}")
     for direction_D in directions.values():
         if not np.isfinite(direction_D.astype(np.float32)).all():
             raise SteerError("what the edits add is more than 32-bit numbers hold", "write smaller strengths")
-    return Written(
-        _file({layer: directions[layer].astype(np.float32) for layer in sorted(directions)}), notes + unsaid(recipe)
-    )
+    content = _file({layer: directions[layer].astype(np.float32) for layer in sorted(directions)})
+    return Written(content, notes + unsaid(recipe), len(directions))
 
 
 def _layer(recipe: Recipe, edit: Edit, decoder: Callable[[], Decoder], notes: list[str]) -> int | None:

@@ -181,7 +181,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
     else:
         notes.append(f"left out: the model's name ({model}), which a controller does not hold")
         content = _controller(recipe.name, written)
-    return Written((json.dumps(content, indent=2) + "\n").encode(), notes + unsaid(recipe))
+    return Written((json.dumps(content, indent=2) + "\n").encode(), notes + unsaid(recipe), len(written))
 
 
 def _values(line: Line, decoder: Callable[[], Decoder], notes: list[str]) -> tuple[str, float, float] | None:
@@ -219,6 +219,8 @@ def _values(line: Line, decoder: Callable[[], Decoder], notes: list[str]) -> tup
 def _model(recipe: Recipe, lines: list[Line], asked: Asked, notes: list[str]) -> str:
     """The model whose SAE the edits are of; `SteerError` where it is none of Goodfire's and none was told."""
     hooks = {canonical(hook) for line in lines if (hook := recipe.hook_of(line.edit))}
+    if not lines:
+        return ""
     if told := asked.sae_name.removeprefix("goodfire:"):
         if hooks - {MODELS.get(told, "")}:
             where = f"its features stand at {MODELS[told]}" if told in MODELS else "it is not known to the service"

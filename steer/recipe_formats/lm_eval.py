@@ -186,7 +186,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         notes.append(f"changed: {ONE_ROW}")
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    return Written(text.getvalue().encode("utf-8", "replace"), notes + unsaid(recipe))
+    return Written(text.getvalue().encode("utf-8", "replace"), notes + unsaid(recipe), len(rows))
 
 
 def _expressible(recipe: Recipe, edit: Edit, notes: list[str]) -> bool:

@@ -213,7 +213,9 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         "features": features,
     }
     preset |= {"steer_method": method, "strength_multiplier": 1, "steer_special_tokens": places != {"all"}} | told
-    return Written((json.dumps(preset, indent=2) + "\n").encode(), notes + unsaid(recipe, _SETTINGS.values()))
+    return Written(
+        (json.dumps(preset, indent=2) + "\n").encode(), notes + unsaid(recipe, _SETTINGS.values()), len(features)
+    )
 
 
 def _expressible(recipe: Recipe, edit: Edit, asked: Asked, notes: list[str]) -> bool:

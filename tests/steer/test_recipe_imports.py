@@ -224,6 +224,39 @@ def test_any_content_is_a_recipe_or_one_sentence(tmp_path: Path, name: str, cont
         assert "\x1b" not in sentence(error)
 
 
+def test_a_control_vector_that_ends_early_is_damaged(tmp_path: Path) -> None:
+    edit = Edit.parse("8 +2 on all+special at blocks.3.hook_resid_post")
+    content = find_format("gguf", "", "write").write(Recipe.of(edit), NOTHING, Rows).content
+    assert len(read("gguf", tmp_path / "whole.gguf", content).recipe.lines) == 1
+    with pytest.raises(SteerError, match="beyond its end"):
+        read("gguf", tmp_path / "cut.gguf", content[:-16])
+
+
+def test_control_vectors_of_others_are_read_with_what_is_odd_about_them(tmp_path: Path) -> None:
+    """A file as repeng's `export_gguf` writes it, for another model, with a layer 0 and a tensor that is none of it."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    writer.add_string("controlvector.model_hint", "mistral")
+    writer.add_uint32("controlvector.layer_count", 2)
+    for layer in (15, 0):
+        writer.add_tensor(f"direction.{layer}", np.ones(6, np.float32))
+    writer.add_tensor("direction.3", np.ones(6, np.float16))
+    writer.add_tensor("bias", np.ones(6, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = tmp_path / "v.gguf"
+    back = find_format(None, str(file), "read").read(file, Asked(coefficient=-0.5), Rows)
+    assert [str(edit) for edit in back.recipe.steering.edits] == [
+        f"vector {file} -0.5 on all+special at blocks.{layer}.hook_resid_post" for layer in (0, 15)
+    ]
+    for told in ("bias", "direction.3", "direction.0", "`mistral`", "counted from 0"):
+        assert any(told in note for note in back.notes), told
+
+
 def _json() -> st.SearchStrategy[Any]:
     keys = st.sampled_from(
         ["edits", "interventions", "scopes", "features", "index", "strength", "layer", "value", "mode", "conditionals"]
