@@ -247,7 +247,7 @@ def _compare_edit(number: int, then: Line, engine: EngineLike) -> Iterator[Check
         engine.check(edit)
         now = describe(edit, engine)
     except EXPLAINED as error:
-        yield Check(what, False, sentence(error), str(edit), None, not edit.muted)
+        yield Check(what, False, f"{what}: {sentence(error)}", str(edit), None, not edit.muted)
         return
     told = (
         ("raw", "its strength comes to", "it came to"),

@@ -79,14 +79,14 @@ def save(
         raise SteerError("there is nothing to save: no edit is given", "give `--edit` or `--session`")
     if system is not None:
         given["system"] = system
-    known = {key: value for key, value in asdict(sampling).items() if value != getattr(Sampling(), key)}
-    known |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    made = make_recipe(steering, settings, engine, sampling=known, name=name or file.stem, notes=notes, **given)
+    made = make_recipe(
+        steering, settings, engine, sampling=asdict(sampling), name=name or file.stem, notes=notes, **given
+    )
     made.write(file)
     narrate(f"wrote {file}: {_edits(len(made.lines))}")
 
 
-def _of_session(talk: Session, name: str, typed: SteeringSet, dropped: bool) -> SteeringSet:
+def _of_session(talk: Session, name: str, typed: SteeringSet, error_typed: bool) -> SteeringSet:
     """The set of a saved session, with what was typed added; fills `talk` with the rest of it."""
     from steer.store import Store
 
@@ -95,7 +95,7 @@ def _of_session(talk: Session, name: str, typed: SteeringSet, dropped: bool) -> 
     held = talk.steering
     return SteeringSet(
         (*held.edits, *typed.edits),
-        typed.error if dropped else held.error,
+        typed.error if error_typed else held.error,
         typed.special_tokens or held.special_tokens,
     )
 
@@ -277,6 +277,12 @@ def _labels(read: Recipe, settings: Settings) -> dict[int, str]:
         return (index.labels_of(sorted(wanted)) if ours else {}) | names
 
 
+def _label(line: Line, names: dict[int, str]) -> str:
+    """What the latent of an edit is called; `names` are of the first SAE, and an edit with a hook point may not be."""
+    latent = line.edit.latent
+    return line.label or (names.get(latent, "") if latent is not None and not line.edit.hook else "")
+
+
 def _page(read: Recipe, names: dict[int, str]) -> list[str]:
     """The recipe for a person, a line an entry."""
     lines = [read.name or "a recipe without a name"]
@@ -291,7 +297,8 @@ def _page(read: Recipe, names: dict[int, str]) -> list[str]:
     lines += ["", f"  error           {error}", f"  special tokens  {special}"]
     lines += ["", "settings"]
     settings = {"system": read.system, "seed": read.seed, "max_tokens": read.max_tokens} | dict(read.sampling)
-    lines += [f"  {name:<18}  {clean_line(str(value))}" for name, value in settings.items() if value is not None]
+    told = {name: value for name, value in settings.items() if value not in (None, ())}
+    lines += [f"  {name:<18}  {clean_line(str(value))}" for name, value in told.items()]
     if len(lines) and lines[-1] == "settings":
         lines[-1] = "settings: those of the model"
     lines += ["", "made with" if read.model or read.saes else "made with: it does not say"]
@@ -317,7 +324,7 @@ def _told(number: int, line: Line, names: dict[int, str]) -> list[str]:
     meant = {"v": line.raw, "the latent's max": line.max, "the condition's bound": line.above}
     if told := [f"{what} = {value:.6g}" for what, value in meant.items() if value is not None]:
         lines.append(f"     {', '.join(told)}")
-    if label := line.label or (names.get(edit.latent, "") if edit.latent is not None and not edit.hook else ""):
+    if label := _label(line, names):
         lines.append(f"     latent {edit.latent}: {clean_line(label)}")
     return lines
 
@@ -329,7 +336,7 @@ def _entry(read: Recipe, names: dict[int, str]) -> dict[str, Any]:
         edit = line.edit
         entry = {"edit": str(edit), "muted": edit.muted, "latent": edit.latent, "adds": FORMULAS[edit.kind]}
         entry |= {"raw": line.raw, "max": line.max, "above": line.above}
-        lines.append(entry | {"label": line.label or names.get(edit.latent or 0, "")})
+        lines.append(entry | {"label": _label(line, names)})
     told = asdict(replace(read, lines=()))
     del told["lines"]
     return {"edits": lines} | told

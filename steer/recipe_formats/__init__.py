@@ -11,7 +11,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from steer.edits import Edit, Strength
 from steer.errors import SteerError, sentence
 from steer.events import clean
 from steer.recipe import Line, Recipe, SAEMark
+from steer.session import Sampling
 
 FORMATS = {
     "lm-eval": "lm_eval",
@@ -223,11 +224,12 @@ def special_note(edit: Edit) -> str:
 
 
 def unsaid(recipe: Recipe, carried: Collection[str] = ()) -> list[str]:
-    """A sentence on the settings that a format does not carry."""
+    """A sentence on the settings that a format does not carry, as far as they are not ours by default."""
     notes = []
     if recipe.error == "drop":
         notes.append("left out: `error = drop`: other tools keep the SAE's reconstruction error")
-    names = [name for name in recipe.settings if name not in carried]
+    usual = asdict(Sampling())
+    names = [name for name, value in recipe.settings.items() if name not in carried and usual.get(name) != value]
     if names:
         notes.append(f"left out: {', '.join(names)}: the format has no place for them")
     return notes

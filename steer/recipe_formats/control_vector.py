@@ -105,7 +105,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
             directions[layer] = directions.get(layer, 0.0) + added_D
     notes.append(f"assumed: {COUNTED}")
     for direction_D in directions.values():
-        if not np.isfinite(direction_D.astype(np.float32)).all():
+        if not bool((np.abs(direction_D) <= np.finfo(np.float32).max).all()):
             raise SteerError("what the edits add is more than 32-bit numbers hold", "write smaller strengths")
     content = _file({layer: directions[layer].astype(np.float32) for layer in sorted(directions)})
     return Written(content, notes + unsaid(recipe), len(directions))

@@ -130,7 +130,15 @@ def test_a_session_becomes_a_recipe(steer: Steer, folder: Path, tmp_path: Path) 
     assert (recipe.seed, recipe.max_tokens, recipe.system, recipe.sampling["top_k"]) == (8, 3, "be kind", 5)
     Path("steer.toml").write_text("temperature = 0.123\nseed = 1\n")
     steer("recipe", "save", "s.toml", "--session", "mine", *WITH)
-    assert (Recipe.read(Path("s.toml")).sampling["temperature"], Recipe.read(Path("s.toml")).seed) == (0.7, 8)
+    again = Recipe.read(Path("s.toml"))
+    assert (again.sampling["temperature"], again.seed) == (0.7, 8)
+
+
+def test_what_steer_toml_says_elsewhere_does_not_change_a_recipe(steer: Steer) -> None:
+    steer("recipe", "save", "r.toml", *SET, "--seed", "3", "--max-tokens", "9", *WITH)
+    before = steer("complete", "Once", "--json", "--recipe", "r.toml", *WITH).lines
+    Path("steer.toml").write_text("temperature = 5.0\ntop_k = 1\nmin_p = 0.5\nseed = 1\n")
+    assert steer("complete", "Once", "--json", "--recipe", "r.toml", *WITH).lines == before
 
 
 def changed_sae(folder: Path, where: Path, **changes: Any) -> None:
