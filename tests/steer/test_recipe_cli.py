@@ -2,9 +2,11 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,27 @@ def test_a_chat_takes_a_recipe(steer: Steer) -> None:
     ran = steer("chat", "--plain", "--recipe", "r.toml", *WITH, stdin="hi\n")
     assert ran.code == 0 and "12 +1.5x: at" in ran.err
     assert steer("chat", "--plain", "--recipe", "none.toml", *WITH, stdin="hi\n").code == 1
+
+
+def test_the_screens_open_with_a_recipe_once_what_differs_is_said(
+    steer: Steer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def run(load: object, settings: object, options: dict[str, Any], log: Path) -> int:
+        opened.append(options)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "app", SimpleNamespace(run=run))
+    monkeypatch.setattr("steer.cli.chat.on_terminal", lambda: True)
+    steer("recipe", "save", "r.toml", "--edit", "12 +1.5x", "--seed", "3", "--system", "be kind", *WITH)
+    changed_sae(folder, Path("other"))
+    ran = steer("chat", "--recipe", "r.toml", "--edit", "5 +1", "--model", "model", "--sae", "other")
+    assert ran.code == 0 and "sha256" in ran.err
+    [options] = opened
+    assert [str(edit) for edit in options["steering"].edits] == ["12 +1.5x", "5 +1"]
+    assert (options["seed"], options["system"]) == (3, "be kind")
+    assert steer("chat", "--recipe", "r.toml", "--model", "model").code == 1 and len(opened) == 1
 
 
 def test_a_session_becomes_a_recipe(steer: Steer, folder: Path, tmp_path: Path) -> None:
