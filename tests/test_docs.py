@@ -16,7 +16,15 @@ from train.recipe import Arch
 from train.sweep import parse_sweep
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/training.md", "docs/recipes.md", "docs/llama-3.2.md", "docs/scale.md", "docs/why.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/training.md",
+    "docs/recipes.md",
+    "docs/llama-3.2.md",
+    "docs/scale.md",
+    "docs/steering-recipes.md",
+    "docs/why.md",
+)
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
 
 

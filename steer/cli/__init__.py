@@ -31,6 +31,7 @@ from steer.cli import (
     label,
     patch,
     preprocess,
+    recipe,
     split,
     train,
     why,
@@ -41,7 +42,8 @@ from steer.errors import EXPLAINED, ExitCode, SteerError, render
 __all__ = ["app", "main"]
 
 COMMANDS = (
-    chat, complete, inspect, why, patch, features, calibrate, split, capture, preprocess, train, evaluate, label, doctor,
+    chat, complete, inspect, why, patch, features, calibrate, recipe,
+    split, capture, preprocess, train, evaluate, label, doctor,
 )  # fmt: skip
 """The modules that put their commands on `app`, in the order of the help."""
 SHARED = ("complete", "inspect", "capture", "train")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from steer.cli import engines
-from steer.cli.options import Chat, Edits, Error, Json, command, given_text, narrate, put, steering_set
+from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, given_text, narrate, put, steering_set
 from steer.compare import Comparison, compare
 from steer.config import Settings
 from steer.edits import SteeringSet
@@ -46,7 +46,8 @@ def complete(
         typer.Argument(help="Several are one batch; without any, one a line on stdin.", metavar="PROMPT..."),
     ] = None,
     edit: Edits = None,
-    error: Error = "keep",
+    recipe: RecipeFile = None,
+    error: Error = None,
     chat: Chat = False,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.", metavar="TEXT")
@@ -61,14 +62,14 @@ def complete(
     json: Json = False,
 ) -> int:
     """Go on from a text."""
-    steering, ends = steering_set(edit, error), tuple(stop or ())
+    steering, ends = steering_set(edit, error, recipe), tuple(stop or ())
     if "" in ends:
         raise SteerError("--stop is empty", "give the text that a reply should end before")
     texts = prompts or []
     if texts in ([], ["-"]):
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
-    engine = engines.make_engine(settings, chat=chat)
-    for one in steering.edits:
+    engine = engines.make_engine(settings, chat=chat, recipe=recipe)
+    for one in steering.live:
         engine.check(one)
     context = engine.info.context
     limit = (

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from steer.cli.options import narrate
@@ -26,11 +27,12 @@ class InspectingEngine(EngineLike, Protocol):
     def inspect(self, text: str, *, chat: bool = False) -> tuple[TokenEvent, ...]: ...
 
 
-def make_engine(settings: Settings, *, chat: bool = False) -> InspectingEngine:
+def make_engine(settings: Settings, *, chat: bool = False, recipe: Path | None = None) -> InspectingEngine:
     """The engine that the settings ask for; says on stderr when it runs without features.
 
     To a person who chose a model it also says where that runs and why, and how a `chat` is written for it; scripts and
-    the demo are not told every time.
+    the demo are not told every time. What differs from where a `recipe` was made is told to all; `SteerError` when it
+    cannot run here.
     """
     engine = load_engine(settings)
     info = engine.info
@@ -40,7 +42,18 @@ def make_engine(settings: Settings, *, chat: bool = False) -> InspectingEngine:
             narrate(info.chat_format)
     if info.notice:
         narrate(info.notice)
+    if recipe:
+        tell_differences(recipe, settings, engine)
     return engine
+
+
+def tell_differences(recipe: Path, settings: Settings, engine: EngineLike | None) -> None:
+    """Says on stderr what differs from where a recipe was made; `SteerError` when it cannot run here."""
+    from steer.made_with import compare, differences
+    from steer.recipe import Recipe
+
+    for sentence in differences(compare(Recipe.read(recipe), settings, engine)):
+        narrate(sentence)
 
 
 def on_screen() -> bool:
