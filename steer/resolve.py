@@ -90,6 +90,8 @@ class Resolver:
                 self.check_latent(latent, hook)
         if edit.when:
             self._in_units(edit.when.above, edit.when.latent, hook)
+        if edit.kind == "vector":
+            load_vector(edit.file, hook, self._config)
         self._raw(edit)
 
     def check_latent(self, latent: int, hook: HookPoint | None = None) -> None:

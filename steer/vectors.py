@@ -75,4 +75,6 @@ def _of_gguf(path: Path, hook: HookPoint) -> Tensor:
     if stored.kind != 0:
         raise SteerError(f"{name} in {path} is not stored in float32")
     size = math.prod(stored.shape)
+    if stored.offset + 4 * size > path.stat().st_size:
+        raise SteerError(f"the vector {path} is damaged: {name} reaches beyond its end")
     return torch.from_numpy(np.fromfile(path, "<f4", size, offset=stored.offset)).reshape(stored.shape)
