@@ -14,8 +14,8 @@ from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import save_sae
 from sae.model import SAE, SAEConfig
 from steer.cli import main
-from steer.cli.model_checks import PARAGRAPH
 from steer.config import DEMO_MODEL, DEMO_SAE
+from steer.prose import PARAGRAPH
 from tests.tiny import hf_config, tiny_config, write_tiny_checkpoint
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
