@@ -333,7 +333,8 @@ class _Checkup:
         cosine = agreement(self.sae)
         if self.culprit or self._wrong_k() or self.named.fvu <= self.bound or abs(cosine) >= TORN:
             return None
-        message = f"its encoder and decoder do not belong together: the cosine of a latent's two rows is {cosine:.2f} on average"
+        message = "its encoder and decoder do not belong together: the cosine of a latent's rows in them"
+        message += f" is {cosine:.2f} on average"
         return Finding("weights", False, cosine, message, "copy or convert the SAE again")
 
     def _k(self) -> Finding:
@@ -348,8 +349,9 @@ class _Checkup:
         )
 
     def _bos(self) -> Finding:
-        others = [f"{each.reading.name} {each.fvu:.3g}" for each in self.tried if each.reading.family == "bos"]
-        message = f"text with BOS in front: FVU {self.named.fvu:.3g}; {', '.join(others)}"
+        fronts = [each for each in self.tried if each.reading.family == "bos"]
+        others = ", ".join(f"{each.reading.name} {each.fvu:.3g}" for each in fronts)
+        message = f"text with BOS in front: FVU {fronts[0].own:.3g}; {others}"
         data = self.sae.manifest.get("data")
         plan = data.get("text") if isinstance(data, dict) else None
         if isinstance(plan, dict) and plan.get("bos") is False:
