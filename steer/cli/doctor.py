@@ -51,20 +51,18 @@ def doctor(
     The SAE is read on 2,048 tokens where --model, --sae or --text is given: is it on the right hook, are its inputs
     normalised as in training, its weights laid out right, its k, the BOS and the dtype the right ones?
     """
+    if text is not None and settings.scheme is None and settings.model and not settings.sae:
+        raise SteerError(
+            "--text is what an SAE or --quantize is measured on, and there is neither",
+            "add `--sae DIR` or `--quantize int8`",
+        )
     failed = {name for name, check in CHECKS.items() if not _tell(name, partial(check, settings), json)}
     subject = Subject(settings, text)
     for name, (needs, of_model) in model_checks(subject).items():
         if failed.isdisjoint(needs) and not _tell(name, partial(of_model, subject), json):
             failed.add(name)
-    if (settings.model or settings.sae or text) and not failed.intersection(NEEDED) and subject.sae is not None:
-        try:
-            found = examine_sae(subject)
-        except EXPLAINED as error:
-            found = [{"check": "fvu", "ok": False, "value": "", "message": _sentences(error)}]
-        for entry in found:
-            _show(entry, json)
-            if not entry["ok"]:
-                failed.add(str(entry["check"]))
+    if (settings.model or settings.sae or text) and failed.isdisjoint(NEEDED) and subject.sae is not None:
+        failed |= _examine(subject, json)
     return ExitCode.MISTAKE if failed else ExitCode.DONE
 
 
@@ -77,6 +75,24 @@ def _tell(name: str, check: Callable[[], str], json: bool) -> bool:
         ok, message = False, _sentences(error)
     _show({"check": name, "ok": ok, "value": value, "message": message}, json)
     return ok
+
+
+def _examine(subject: Subject, json: bool) -> set[str]:
+    """Loads model and SAE and prints whether they belong together; the checks that failed."""
+    if not _tell("load", partial(_load, subject), json):
+        return {"load"}
+    try:
+        found = examine_sae(subject)
+    except EXPLAINED as error:
+        found = [{"check": "text", "ok": False, "value": "", "message": _sentences(error)}]
+    for entry in found:
+        _show(entry, json)
+    return {entry["check"] for entry in found if not entry["ok"]}
+
+
+def _load(subject: Subject) -> str:
+    info = subject.engine.info
+    return f"{info.model} on {info.device} in {info.dtype}"
 
 
 def _show(entry: dict[str, Any], json: bool) -> None:

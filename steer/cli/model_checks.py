@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llama_3.tokenizer import Tokenizer
     from sae.model import SAEConfig
     from steer.device import Placement
+    from steer.engine import Engine
 
 MOST_TOKENS = 512
 """Tokens of a given text that are measured on."""
@@ -74,6 +75,11 @@ class Subject:
 
         folder = self.settings.sae or (None if self.settings.model else DEMO_SAE)
         return None if folder is None else read_config(folder)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Model and SAE, loaded; labels play no part here."""
+        return engines.load_engine(replace(self.settings, labels=None))
 
     @property
     def kept_layers(self) -> int:
@@ -165,7 +171,7 @@ def examine_sae(subject: Subject) -> list[dict[str, Any]]:
     """What `steer.checkup` finds of the SAE beside its model, as the entries of the report."""
     from steer.checkup import examine
 
-    engine = engines.load_engine(replace(subject.settings, labels=None))
+    engine = subject.engine
     assert engine.sae is not None
     model, sae, tokenizer = engine.model, engine.sae, engine.tokenizer
     found = examine(model, sae, tokenizer, subject.text, chat=engine.chat_format, narrate=narrate)

@@ -331,9 +331,9 @@ def test_doctor_prints_the_checks(
     save_sae(tmp_path / "wrong", demo.changed(hook="blocks.4.hook_resid_post"))
     assert main(["doctor", "--sae", "wrong", "--text", str(demo.text), "--json"]) == 1
     checks = {entry["check"]: entry for entry in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert {"text", "fvu", "l0", "cost", *DIAGNOSES} <= set(checks)
+    assert {"load", "text", "fvu", "l0", "cost", *DIAGNOSES} <= set(checks)
     assert [name for name, entry in checks.items() if not entry["ok"]] == ["hook"]
     assert "hint: write `blocks.3.hook_resid_post` as `hook`" in checks["hook"]["message"]
     (tmp_path / "raw.txt").write_bytes(b"\xff\xfe")
     assert main(["doctor", "--text", "raw.txt"]) == 1
-    assert "FAILED  fvu        raw.txt is not UTF-8 text" in capsys.readouterr().out
+    assert "FAILED  text       raw.txt is not UTF-8 text" in capsys.readouterr().out
