@@ -32,7 +32,7 @@ class Reading:
     family: str
     """The check that fails where this reading is the right one: hook, normalise, weights, k, bos, dtype."""
     name: str
-    """What it is, after "it fits"."""
+    """What it is, after "this SAE fits"."""
     hint: str
     """What to change, so that the SAE is read in this way."""
     x_ND: Tensor
@@ -127,15 +127,15 @@ def weight_readings(sae: SAE, x_ND: Tensor) -> Iterator[Reading]:
     """
     encoder, decoder, b_dec_D = sae.W_enc_FD.float(), sae.W_dec_FD.float(), sae.b_dec_D.float()
     layouts = {
-        "its encoder transposed": {"W_enc": _relaid(encoder)},
-        "its decoder transposed": {"W_dec": _relaid(decoder)},
-        "both its matrices transposed": {"W_enc": _relaid(encoder), "W_dec": _relaid(decoder)},
-        "its encoder and its decoder exchanged": {"W_enc": decoder, "W_dec": encoder},
-        "b_dec not taken off its inputs": {"b_enc": sae.b_enc_F.float() + encoder @ b_dec_D},
-        "b_dec left out": {"b_dec": torch.zeros_like(b_dec_D)},
+        "with its encoder transposed": {"W_enc": _relaid(encoder)},
+        "with its decoder transposed": {"W_dec": _relaid(decoder)},
+        "with both its matrices transposed": {"W_enc": _relaid(encoder), "W_dec": _relaid(decoder)},
+        "with encoder and decoder exchanged": {"W_enc": decoder, "W_dec": encoder},
+        "with b_dec not taken off its inputs": {"b_enc": sae.b_enc_F.float() + encoder @ b_dec_D},
+        "without b_dec": {"b_dec": torch.zeros_like(b_dec_D)},
     }
     if not sae.config.function.biased:
-        del layouts["b_dec not taken off its inputs"]
+        del layouts["with b_dec not taken off its inputs"]
     for name, weights in layouts.items():
         hint = f"write {' and '.join(weights)} of its sae.safetensors anew, or convert the SAE again"
         yield Reading("weights", name, hint, x_ND, _with(sae, weights))
@@ -149,7 +149,7 @@ def k_readings(sae: SAE, x_ND: Tensor, recorded: int | None) -> Iterator[Reading
     others = {recorded, *(k * 2**power for power in range(1, 6)), *(k // 2**power for power in range(1, 6))}
     for other in sorted(other for other in others if other and other != k and other <= sae.config.d_sae):
         hint = f'write `"k": {other}` in its cfg.json'
-        yield Reading("k", f"k {other}", hint, x_ND, _with(sae, k=other))
+        yield Reading("k", f"with k {other}", hint, x_ND, _with(sae, k=other))
 
 
 def agreement(sae: SAE) -> float:

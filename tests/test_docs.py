@@ -16,7 +16,10 @@ from train.recipe import Arch
 from train.sweep import parse_sweep
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/training.md", "docs/recipes.md", "docs/llama-3.2.md", "docs/scale.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale", "doctor", "contrast")),
+)
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
 
 

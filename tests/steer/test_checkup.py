@@ -149,18 +149,18 @@ FAULTS: dict[str, tuple[Callable[[Demo], Pair], str, str]] = {
     ),
     "transposed encoder": (
         lambda demo: (demo.model, demo.changed(weights={"W_enc": transposed(demo.sae.W_enc_FD.data)})),
-        "weights", "fits its encoder transposed better than",
+        "weights", "fits with its encoder transposed better than as its file has it",
     ),
     "transposed decoder": (
         lambda demo: (demo.model, demo.changed(weights={"W_dec": transposed(demo.sae.W_dec_FD.data)})),
-        "weights", "fits its decoder transposed better than",
+        "weights", "fits with its decoder transposed better than as its file has it",
     ),
     "exchanged matrices": (
         lambda demo: (
             demo.model,
             demo.changed(weights={"W_enc": demo.sae.W_dec_FD.data, "W_dec": demo.sae.W_enc_FD.data}),
         ),
-        "weights", "fits its encoder and its decoder exchanged better than",
+        "weights", "fits with encoder and decoder exchanged better than",
     ),
     "rows that do not belong together": (
         lambda demo: (demo.model, demo.changed(weights={"W_enc": demo.sae.W_enc_FD.data.roll(1, 0)})),
@@ -173,7 +173,8 @@ FAULTS: dict[str, tuple[Callable[[Demo], Pair], str, str]] = {
         lambda demo: (demo.model, demo.changed(k=64)), "k", "its k is 64, and 32.0 latents a token were on when",
     ),
     "k too small and nothing recorded": (
-        lambda demo: (demo.model, demo.changed(recorded=False, k=8)), "k", "fits k 32 better than the k 8 it names",
+        lambda demo: (demo.model, demo.changed(recorded=False, k=8)),
+        "k", "fits with k 32 better than with the k 8 it names",
     ),
     "trained on text without BOS": (
         lambda demo: (demo.heeding_bos(), demo.sae), "bos", "fits text without BOS better than text with BOS 4080",

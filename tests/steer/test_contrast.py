@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llama_3.chat_format import ChatFormat
-from llama_3.tokenizer import load_tokenizer
 from llama_3.checkpoint import load_model
+from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import load_sae
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
