@@ -79,18 +79,17 @@ class Recorded:
     l0: float | None
     activation: float | None
     """Sum of a token's activations, mean over tokens."""
-    resid_norm: float | None
+    delta_ce: float | None
 
     @classmethod
     def of(cls, sae: SAE) -> Recorded:
         stats, metrics = sae.stats, sae.manifest.get("metrics")
         metrics = metrics if isinstance(metrics, dict) else {}
-        found = _number(metrics.get("fvu")), _number(metrics.get("l0"))
+        fvu, l0, rise = (_number(metrics.get(name)) for name in ("fvu", "l0", "delta_ce"))
         if stats is None:
-            return cls(*found, None, None)
+            return cls(fvu, l0, None, rise)
         density_F, on_F = stats.density_F.double(), stats.mean_on_F.double()
-        active = float(density_F.sum())
-        return cls(found[0], active or found[1], float((density_F * on_F).sum()) or None, stats.resid_norm or None)
+        return cls(fvu, float(density_F.sum()) or l0, float((density_F * on_F).sum()) or None, rise)
 
 
 def most(recorded: float | None) -> float:
@@ -219,12 +218,11 @@ class _Checkup:
         return fit(Reading("", str(self.at), "", x_ND, self.sae))
 
     def _try(self, there: dict[HookPoint, Tensor]) -> Iterator[_Tried]:
-        recorded = round(self.recorded.l0) if self.recorded.l0 else None
         readings = [
             *hook_readings(self.sae, there, self.at),
             *normalise_readings(self.sae, self.x_ND),
             *weight_readings(self.sae, self.x_ND),
-            *k_readings(self.sae, self.x_ND, recorded),
+            *(k_readings(self.sae, self.x_ND) if self.recorded.l0 is None else ()),
         ]
         if self.precise_ND is not None:
             readings.append(Reading("dtype", "in float32", "run with `--dtype float32`", self.precise_ND, self.sae))
@@ -245,13 +243,7 @@ class _Checkup:
 
     def _find_culprit(self) -> _Tried | None:
         """The reading that is the right one in place of the folder's: near what is recorded and clearly better."""
-        known = self._wrong_k() is not None  # then k is judged by the record alone
-        better = [
-            each
-            for each in self.tried
-            if each.fvu <= min(self.bound, BETTER[each.reading.family] * each.own)
-            and not (known and each.reading.family == "k")
-        ]
+        better = [each for each in self.tried if each.fvu <= min(self.bound, BETTER[each.reading.family] * each.own)]
         if not better:
             return None
         best = min(better, key=lambda each: each.fvu)
@@ -278,7 +270,7 @@ class _Checkup:
         written = "as its file has it"
         yield self._of("weights", written) or self._torn() or self._next("weights", written)
         yield self._k()
-        yield self._of("bos", f"text with BOS {self.tokenizer.bos_id} in front") or self._bos()
+        yield self._of("bos", f"text with BOS {self.tokenizer.bos_id} in front") or self._first_counted() or self._bos()
         yield self._of("dtype", f"in {self.dtype}") or self._dtype(measured["ce_clean"].value)
         yield self._pair(measured["fvu"].value)
 
@@ -298,7 +290,10 @@ class _Checkup:
         matters = measured["ce_mean"].value - measured["ce_clean"].value > 0.1
         if matters:
             message += f"; loss recovered {kept:.2f} (1: none lost, 0: as with the mean)"
-        yield Finding("cost", not (matters and kept < 0.5), rise.value, message)
+        if (noted := self.recorded.delta_ce) is not None:
+            message += f"; {_noted(noted)}"
+        ok = not (matters and kept < 0.5) and (noted is None or rise.value <= max(3 * noted, noted + 0.2))
+        yield Finding("cost", ok, rise.value, message)
 
     def _of(self, family: str, written: str) -> Finding | None:
         """That a reading of the family is the right one, if so; `written` is what the folder says instead."""
@@ -350,6 +345,17 @@ class _Checkup:
             "k", True, config.k, f"{config.k}; {_noted(recorded, 1)} of latents a token"
         )
 
+    def _first_counted(self) -> Finding | None:
+        """That what is recorded is of all tokens, the first among them, whose residual may dwarf all others."""
+        if self.culprit or self._wrong_k() or self.recorded.fvu is None or self.named.fvu <= self.bound:
+            return None
+        with_first = self._fit(self._read(self.model, self.rows, [self.at], 0)[self.at]).fvu
+        if with_first > self.bound:
+            return None
+        message = f"with the first token counted FVU is {with_first:.3g}, without {self.named.fvu:.3g}:"
+        message += " it was trained with the first token in, and does badly on the others"
+        return Finding("bos", False, with_first, message, "train it without first tokens; steer leaves them out")
+
     def _bos(self) -> Finding:
         fronts = [each for each in self.tried if each.reading.family == "bos"]
         others = ", ".join(f"{each.reading.name} {each.fvu:.3g}" for each in fronts)
@@ -384,7 +390,7 @@ class _Checkup:
     def _pair(self, value: float) -> Finding:
         if self.culprit is not None:
             return Finding("pair", True, value, f"this model's SAE, once its {self.culprit.reading.family} is right")
-        if self.named.fvu <= self.bound or self._wrong_k() or self._torn():
+        if self.named.fvu <= self.bound or self._wrong_k() or self._torn() or self._first_counted():
             return Finding("pair", True, value, "nothing says that it is another model's SAE")
         best = min(self.tried, key=lambda each: each.fvu)
         message = f"it fits this model at no hook and in no reading (at best {best.reading.name}, FVU {best.fvu:.3g})"

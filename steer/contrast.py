@@ -156,6 +156,7 @@ class _Scores:
     def __init__(self, latents: int, by: By, texts: int) -> None:
         self.latents, self.by = latents, by
         self.keys_P, self.values_P = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        self._new: list[tuple[Tensor, Tensor]] = []
         self.tokens_T = torch.zeros(texts)
 
     def read(self, sae: SAE, x_BTD: Tensor, batch: Batch) -> None:
@@ -171,16 +172,21 @@ class _Scores:
             latents = sae.encode(part_ND)
             on_NK = (latents.values > 0).cpu()
             key_NK = part_N[:, None] * self.latents + latents.indices.cpu()
-            self._add(key_NK[on_NK], latents.values.cpu()[on_NK].float())
+            self._new.append((key_NK[on_NK], latents.values.cpu()[on_NK].float()))
+        if sum(len(keys_P) for keys_P, _ in self._new) > len(self.keys_P):  # so that all is sorted only a few times
+            self._merge()
 
-    def _add(self, keys_P: Tensor, values_P: Tensor) -> None:
-        self.keys_P, place_P = torch.unique(torch.cat([self.keys_P, keys_P]), return_inverse=True)
+    def _merge(self) -> None:
+        """One score for each pair of text and latent."""
+        keys, values = zip((self.keys_P, self.values_P), *self._new, strict=True)
+        self.keys_P, place_P = torch.unique(torch.cat(keys), return_inverse=True)
         reduce = "sum" if self.by == "mean" else "amax"
-        values_P = torch.cat([self.values_P, values_P])
-        self.values_P = torch.zeros(len(self.keys_P)).scatter_reduce(0, place_P, values_P, reduce)
+        self.values_P = torch.zeros(len(self.keys_P)).scatter_reduce(0, place_P, torch.cat(values), reduce)
+        self._new.clear()
 
     def columns(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Numbers (F,) and scores (F, T) of the latents that are on in some text, so many at a time."""
+        self._merge()
         text_P, latent_P = self.keys_P // self.latents, self.keys_P % self.latents
         values_P = self.values_P / self.tokens_T[text_P] if self.by == "mean" else self.values_P
         order_P = latent_P.argsort(stable=True)
@@ -214,13 +220,12 @@ def _compare(scores: _Scores, in_a_T: Tensor, counted_T: Tensor, max_F: Tensor |
     gap_F = (table[:, 5] - table[:, 6]).abs()
     if max_F is not None:
         gap_F /= max_F.cpu().double()[numbers_F.long()].clamp(min=1e-30)
-    order = sorted(range(len(table)), key=lambda row: (-round(float(nearer_F[row]), 9), -float(gap_F[row])))
+    nearer, gap, certain = nearer_F.tolist(), gap_F.tolist(), certain_F.tolist()
+    effects, rows = (2 * torch.stack([theta_F, low_F, high_F], 1) - 1).tolist(), table.tolist()
     found = []
-    for row in order:
-        latent, theta, p, share_a, share_b, mean_a, mean_b = table[row].tolist()
-        ends = 2 * float(low_F[row]) - 1, 2 * float(high_F[row]) - 1
-        sure = bool(certain_F[row])
-        found.append(Difference(int(latent), 2 * theta - 1, *ends, p, sure, share_a, share_b, mean_a, mean_b))
+    for row in sorted(range(len(rows)), key=lambda row: (-round(nearer[row], 9), -gap[row])):
+        (latent, _, p, share_a, share_b, mean_a, mean_b), (effect, low, high) = rows[row], effects[row]
+        found.append(Difference(int(latent), effect, low, high, p, certain[row], share_a, share_b, mean_a, mean_b))
     return Contrast(tuple(found), texts_a, texts_b)
 
 

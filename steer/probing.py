@@ -71,8 +71,9 @@ def _speaks(model: Transformer, tokenizer: Tokenizer) -> bool:
 def residuals(
     model: Transformer, rows: Sequence[list[int]], points: Sequence[HookPoint], tokenizer: Tokenizer, skip: int
 ) -> dict[HookPoint, Tensor]:
-    """What is at each point, (N, D) in float32: of every row the tokens from `skip` on that are not special."""
-    special = torch.tensor(sorted(tokenizer.special_ids))
+    """What is at each point, (N, D) in float32: of every row the tokens from `skip` on that are not special, or with 0
+    all of them."""
+    special = torch.tensor(sorted(tokenizer.special_ids) if skip else [], dtype=torch.int64)
     found: dict[HookPoint, list[Tensor]] = {point: [] for point in points}
     kept_T = torch.ones(0, dtype=torch.bool)
 

@@ -141,13 +141,13 @@ def weight_readings(sae: SAE, x_ND: Tensor) -> Iterator[Reading]:
         yield Reading("weights", name, hint, x_ND, _with(sae, weights))
 
 
-def k_readings(sae: SAE, x_ND: Tensor, recorded: int | None) -> Iterator[Reading]:
+def k_readings(sae: SAE, x_ND: Tensor) -> Iterator[Reading]:
     """Other numbers of latents for an SAE that keeps the k largest."""
     if sae.config.activation != "topk":
         return
     k = sae.config.k
-    others = {recorded, *(k * 2**power for power in range(1, 6)), *(k // 2**power for power in range(1, 6))}
-    for other in sorted(other for other in others if other and other != k and other <= sae.config.d_sae):
+    others = [k // 2**power for power in range(5, 0, -1)] + [k * 2**power for power in range(1, 6)]
+    for other in sorted({other for other in others if 0 < other <= sae.config.d_sae}):
         hint = f'write `"k": {other}` in its cfg.json'
         yield Reading("k", f"with k {other}", hint, x_ND, _with(sae, k=other))
 

@@ -221,6 +221,25 @@ def test_float16_that_overflows_at_the_hook_leaves_nothing_else_to_measure(demo:
     assert "overflows" in str(glance(model, sae, demo.tokenizer))
 
 
+def test_figures_that_count_the_first_token_are_told(demo: Demo) -> None:
+    """A BOS whose residual dwarfs all others, and an SAE with a latent for it alone that does badly on the rest."""
+    model = copy.deepcopy(demo.model)
+    embedding = model.embedding_VD.data.clone()
+    embedding[demo.tokenizer.bos_id] *= 1e4
+    model.embedding_VD.data = embedding
+    [first_1D] = residuals(model, [[demo.tokenizer.bos_id]], [HookPoint(3, "resid_post")], demo.tokenizer, 0).values()
+    alone_D = first_1D[0] / first_1D[0].norm()
+    held = {name: demo.sae.weights[name].data.clone() for name in ("W_enc", "W_dec")}
+    held["W_enc"] -= torch.outer(held["W_enc"] @ alone_D, alone_D)
+    for weight_FD in held.values():
+        weight_FD[0] = alone_D
+    sae = demo.changed(recorded=False, weights=held, k=8)
+    sae.manifest = {"metrics": {"fvu": 0.001, "l0": 8}}
+    found = demo.examine(model, sae)
+    assert {name for name in DIAGNOSES if not found[name].ok} == {"bos"} and not found["fvu"].ok
+    assert "it was trained with the first token in" in found["bos"].message
+
+
 def test_half_precision_that_suffices_passes(demo: Demo) -> None:
     found = demo.examine(copy.deepcopy(demo.model).half(), demo.sae)
     assert all(each.ok for each in found.values()), found
