@@ -319,10 +319,8 @@ class _Checkup:
         times = self.named.activation / noted
         if 1 / 3 < times < 3:
             return None
-        message = (
-            f"its activations are {times:.3g} times those recorded, so its inputs were scaled otherwise in training"
-        )
-        hint = "multiply W_enc by the right factor, and divide W_dec and b_dec by it"
+        message = f"its activations are {times:.3g} times those recorded: its inputs or latents were scaled otherwise"
+        hint = "convert the SAE again; strengths in units of a latent's max would be off by that factor"
         return Finding("normalise", False, times, message, hint)
 
     def _torn(self) -> Finding | None:

@@ -70,12 +70,14 @@ def fit(reading: Reading) -> Fit:
 
 
 def places(config: ModelConfig, named: HookPoint, width: int) -> tuple[HookPoint, ...]:
-    """Where else the SAE may stand, `named` first: all sites of its layer and the two beside it, and what leaves every
-    block. A block's input is not listed beside the same tensor as the output of the one before."""
+    """Where else the SAE may stand, `named` first: all sites of its layer and the two beside it, its own site and what
+    leaves the block in every layer. A block's input is not listed beside the same tensor, the output of the one
+    before."""
     near = range(max(0, named.layer - 1), min(config.n_layers, named.layer + 2))
     found = [named]
     found += [HookPoint(layer, site) for layer in near for site in SITES]
-    found += [HookPoint(0, "resid_pre"), *(HookPoint(layer, "resid_post") for layer in range(config.n_layers))]
+    found += [HookPoint(layer, site) for site in (named.site, "resid_post") for layer in range(config.n_layers)]
+    found.append(HookPoint(0, "resid_pre"))
     seen, kept = set[HookPoint](), []
     for point in found:
         same = HookPoint(point.layer - 1, "resid_post") if point.site == "resid_pre" and point.layer else point

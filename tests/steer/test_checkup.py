@@ -293,6 +293,7 @@ def test_places_are_those_of_the_sae_s_width_and_each_once(demo: Demo) -> None:
     found = places(tiny_config(n_layers=4), named, 32)
     assert found[0] == named and HookPoint(0, "resid_post") not in found and len(set(found)) == len(found)
     assert {HookPoint(0, "resid_pre"), HookPoint(3, "resid_post"), HookPoint(2, "mlp_out")} <= set(found)
+    assert HookPoint(0, "mlp_out") in places(tiny_config(n_layers=4), HookPoint(3, "mlp_out"), 32)
     assert places(tiny_config(head_dim=16), HookPoint(1, "attn_z"), 64) == (
         HookPoint(1, "attn_z"), HookPoint(0, "attn_z"),
     )  # fmt: skip
