@@ -284,12 +284,13 @@ class _Checkup:
         ok = noted is None or noted / 2 <= active.value <= 2 * noted
         yield Finding("l0", ok, active.value, f"{_span(active, 1)} latents a token; {_noted(noted, 1)}")
         rise, kept = measured["delta_ce"], measured["loss_recovered_mean"].value
-        message = (
-            f"cross-entropy rises by {_span(rise)} nats a token when the reconstruction takes the residual's place"
-        )
+        message = f"cross-entropy {rise.value:+.3f} nats a token"
+        if math.isfinite(rise.low):
+            message += f" ({rise.low:+.3f} to {rise.high:+.3f})"
+        message += " with the reconstruction in the residual's place"
         matters = measured["ce_mean"].value - measured["ce_clean"].value > 0.1
         if matters:
-            message += f"; loss recovered {kept:.2f} (1: none lost, 0: as with the mean)"
+            message += f"; loss recovered {kept:.2f} (1: all, 0: as with the mean)"
         if (noted := self.recorded.delta_ce) is not None:
             message += f"; {_noted(noted)}"
         ok = not (matters and kept < 0.5) and (noted is None or rise.value <= max(3 * noted, noted + 0.2))
@@ -339,9 +340,9 @@ class _Checkup:
         if self._wrong_k() and recorded is not None:
             message = f"its k is {config.k}, and {recorded:.1f} latents a token were on when it was made"
             return Finding("k", False, config.k, message, f'write `"k": {round(recorded)}` in its cfg.json')
-        return self._of("k", f"with the k {config.k} it names") or Finding(
-            "k", True, config.k, f"{config.k}; {_noted(recorded, 1)} of latents a token"
-        )
+        noted = "none is recorded" if recorded is None else f"{recorded:.1f} were on when it was made"
+        right = Finding("k", True, config.k, f"{config.k} latents a token; {noted}")
+        return self._of("k", f"with the k {config.k} it names") or right
 
     def _first_counted(self) -> Finding | None:
         """That what is recorded is of all tokens, the first among them, whose residual may dwarf all others."""
