@@ -284,6 +284,9 @@ class _Checkup:
         ok = noted is None or noted / 2 <= active.value <= 2 * noted
         yield Finding("l0", ok, active.value, f"{_span(active, 1)} latents a token; {_noted(noted, 1)}")
         rise, kept = measured["delta_ce"], measured["loss_recovered_mean"].value
+        if not math.isfinite(rise.value):
+            yield Finding("cost", False, None, "the cross-entropy is no number")
+            return
         message = f"cross-entropy {rise.value:+.3f} nats a token"
         if math.isfinite(rise.low):
             message += f" ({rise.low:+.3f} to {rise.high:+.3f})"

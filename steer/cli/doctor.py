@@ -40,7 +40,7 @@ def doctor(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Measure the SAE, and what --quantize costs, on this text; without it the model writes one.",
+            help="Text to measure the SAE on (else the model writes one), and what --quantize costs (else a paragraph).",
             metavar="FILE",
         ),
     ] = None,

@@ -121,7 +121,7 @@ def contrast(
         else:
             print(_contrasted(each, label))
     narrate(
-        f"{found.texts_a:,} texts of A, {found.texts_b:,} of B; {len(found.differences):,} features were on, "
+        f"texts: {found.texts_a:,} of A, {found.texts_b:,} of B; {len(found.differences):,} features were on, "
         f"{sum(each.certain for each in found.differences):,} of them differ beyond chance (*)"
     )
     if fewest(found.texts_a, found.texts_b) > LEVEL:

@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert {828: "dog", 2005: "fish"}.items() <= {
         each["latent"]: each["label"].split()[0].strip(",") for each in entries
     }.items()
-    assert "6 texts of A, 6 of B; " in err
+    assert "texts: 6 of A, 6 of B; " in err
     assert main(["features", "contrast", "a.txt", "The fish swam.", "--limit", "3", "--max-texts", "2"]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 4 and all(len(line.split("  label")[0]) <= 80 for line in out.splitlines()[:1])
