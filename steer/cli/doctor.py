@@ -40,7 +40,7 @@ def doctor(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text to measure the SAE on (else the model writes one), and what --quantize costs (else a paragraph).",
+            help="Text to measure the SAE on (else the model writes it) and what --quantize costs (else a paragraph).",
             metavar="FILE",
         ),
     ] = None,
