@@ -18,12 +18,8 @@ from train.sweep import parse_sweep
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     "README.md",
-    "docs/training.md",
-    "docs/recipes.md",
-    "docs/llama-3.2.md",
-    "docs/scale.md",
-    "docs/steering-recipes.md",
-    "docs/why.md",
+    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale")),
+    *(f"docs/{name}.md" for name in ("steering-recipes", "why", "doctor", "contrast")),
 )
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
 
