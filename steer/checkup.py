@@ -117,14 +117,6 @@ def suspicion(x_ND: Tensor, y_ND: Tensor, recorded: Recorded) -> str | None:
     return f"the SAE does not fit this model: it leaves {_share(found)} of the variance unexplained{beside}"
 
 
-def refusal(doubt: str) -> SteerError:
-    """The error with which an edit is refused where `doubt` is what `glance` said."""
-    return SteerError(
-        f"nothing is steered with a wrong SAE: {doubt}",
-        "`steer doctor` with the same --model and --sae says what is wrong; `--trust-sae` steers all the same",
-    )
-
-
 def glance(model: Transformer, sae: SAE, tokenizer: Tokenizer) -> str | None:
     """`suspicion` of an SAE on the first tokens of one paragraph: one pass up to its hook."""
     point = hook_point(model.config, sae.config)

@@ -56,6 +56,8 @@ class Settings:
     """Compile the step that writes one token."""
     threads: int | None = None
     """CPU threads of torch."""
+    trust_sae: bool = False
+    """Steer with an SAE even where a first look finds that it cannot be the right one."""
     seed: int | None = None
     """None draws a fresh one for each reply."""
     temperature: float | None = None

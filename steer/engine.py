@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from steer.resolve import Compiled, Resolver, by_hook, check_labels, check_toget
 from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
 from steer.steerers import Steerers, hits_by_row, in_order
 
+_WITHOUT = "no SAE for this model, so no features; `steer train` makes one"
 Steering = Callable[[], SteeringSet] | Sequence[SteeringSet]
 
 
@@ -71,6 +72,8 @@ class Engine:
         chat_format: ChatFormat | None = None,
         quantized: Scheme | None = None,
         reason: str = "",
+        doubts: Mapping[HookPoint, str] | None = None,
+        trust_sae: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.index = model, tokenizer, index
         self.saes = by_hook([sae] if isinstance(sae, SAE) else sae or ())
@@ -82,7 +85,8 @@ class Engine:
         for place, one in enumerate(self.saes.values()):
             check_together(model.config, one, None if place else index)
             one.prepare()
-        self._name, self.resolver = name, Resolver(model.config, self.saes)
+        self._name, self._doubts = name, dict(doubts or {})
+        self.resolver = Resolver(model.config, self.saes, None if trust_sae else doubts)
         self._stop_ids = frozenset((*tokenizer.stop_ids, *model.config.stop_ids))
 
     @classmethod
@@ -99,6 +103,7 @@ class Engine:
         quantize_all: bool = False,
         chat_format: str | None = None,
         compile: bool = False,
+        trust_sae: bool = False,
     ) -> Engine:
         """The engine of a model, SAE folders and a label index; the shipped demo where `model` is None.
 
@@ -108,7 +113,8 @@ class Engine:
         labels go only with the shipped model. `device` is auto, cpu, cuda or mps; `dtype` is auto (as stored), float32,
         bfloat16 or float16; `threads` bounds torch's CPU threads; `quantize` is int8 or int4, for the blocks above the
         SAE's hook or, with `quantize_all`, for all; `chat_format` is one of `llama_3.chat_format.FORMATS` instead of
-        the checkpoint's own; `compile` lets torch compile the blocks without hooks. Under torchrun, every process loads
+        the checkpoint's own; `compile` lets torch compile the blocks without hooks; `trust_sae` steers with an SAE that
+        fits nothing of the model's text, too. Under torchrun, every process loads
         its share of the model. Raises `SteerError`, `ValueError` or `OSError` with one sentence for what is wrong,
         damaged, not to be had or too large.
         """
@@ -152,6 +158,12 @@ class Engine:
         if compile:
             transformer.compile_blocks()
         del header
+        doubts = {}
+        if folders not in ([], [DEMO_SAE]) or path != DEMO_MODEL:
+            from steer.checkup import glance
+
+            found = {hook: glance(transformer, one, tokenizer) for hook, one in saes.items()}
+            doubts = {hook: doubt for hook, doubt in found.items() if doubt}
         return cls(
             transformer,
             tokenizer,
@@ -162,6 +174,8 @@ class Engine:
             chat_format=spelled,
             quantized=quantize,
             reason=where.reason,
+            doubts=doubts,
+            trust_sae=trust_sae,
         )
 
     @property
@@ -183,7 +197,7 @@ class Engine:
             sae.config.d_sae if sae else 0,
             sae.config.k if sae else 0,
             stats.resid_norm if stats else None,
-            None if sae else "no SAE for this model, so no features; `steer train` makes one",
+            "; ".join(self._doubts.values()) or _WITHOUT if not sae or self._doubts else None,
             self._reason,
             self.chat_format.note,
             sae.config.activation if sae else "topk",

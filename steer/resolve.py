@@ -37,8 +37,11 @@ LARGEST = 3.4e38
 class Resolver:
     """Resolves edits against the SAEs of one model by their hook points, the first being the one meant by default."""
 
-    def __init__(self, config: ModelConfig, saes: Mapping[HookPoint, SAE]) -> None:
-        self._config, self._saes = config, dict(saes)
+    def __init__(
+        self, config: ModelConfig, saes: Mapping[HookPoint, SAE], doubts: Mapping[HookPoint, str] | None = None
+    ) -> None:
+        """`doubts` says of SAEs why they cannot be the right ones; nothing is steered with those."""
+        self._config, self._saes, self._doubts = config, dict(saes), dict(doubts or {})
         self._first = next(iter(self._saes), None)
 
     def compile(self, steering: SteeringSet) -> Compiled:
@@ -85,6 +88,11 @@ class Resolver:
         hook = self._hook(edit)
         if hook not in self._saes and (edit.kind != "vector" or edit.when is not None):
             raise SteerError(f"`{edit}` needs an SAE at {hook}, and none is loaded there", self._loaded())
+        if hook in self._doubts and (edit.kind != "vector" or edit.when is not None):
+            raise SteerError(
+                f"nothing is steered with a wrong SAE: {self._doubts[hook]}",
+                "`steer doctor` with the same --model and --sae says what is wrong; `--trust-sae` steers all the same",
+            )
         for latent in (edit.latent, edit.when.latent if edit.when else None):
             if latent is not None:
                 self.check_latent(latent, hook)

@@ -76,6 +76,7 @@ def load_engine(settings: Settings) -> Engine:
         chat_format=settings.chat_format,
         quantize_all=settings.quantize_all,
         compile=settings.compile,
+        trust_sae=settings.trust_sae,
     )
 
 

@@ -66,6 +66,9 @@ _SHARED: dict[str, Any] = {
         bool | None, typer.Option("--compile/--no-compile", help="Compile the step that writes a token.")
     ],
     "threads": Annotated[int | None, typer.Option(help="CPU threads.", metavar="N")],
+    "trust_sae": Annotated[
+        bool | None, typer.Option("--trust-sae/--check-sae", help="Steer even where the SAE looks like a wrong one.")
+    ],
 }
 _SAMPLED: dict[str, Any] = {
     "seed": Annotated[int | None, typer.Option(help="Without it, one is drawn and reported.", metavar="N")],
