@@ -71,6 +71,14 @@ class Guard:
             self.factor *= STEP
             self._since = 0
 
+    @property
+    def summary(self) -> str:
+        """What it has to say: `KL 0.8, strained`, `KL 2.3, over the line, edits x 0.75`; "" before the first token."""
+        if self.meter is None:
+            return ""
+        weakened = f", edits x {self.factor:.2g}" if self.factor < 1 else ""
+        return f"KL {self.meter.kl:.1f}, {self.meter.word}{weakened}"
+
     def _repetition(self, window: int) -> float:
         """Of the 4-grams that end in the window, the share that stands in the reply before."""
         tokens = [event.token for event in self._seen]
