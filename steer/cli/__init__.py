@@ -24,6 +24,7 @@ from steer.cli import (
     capture,
     chat,
     complete,
+    controls,
     doctor,
     evaluate,
     features,
@@ -42,7 +43,7 @@ from steer.errors import EXPLAINED, ExitCode, SteerError, render
 __all__ = ["app", "main"]
 
 COMMANDS = (
-    chat, complete, inspect, why, patch, features, calibrate, recipe,
+    chat, complete, inspect, why, patch, features, calibrate, controls, recipe,
     split, capture, preprocess, train, evaluate, label, doctor,
 )  # fmt: skip
 """The modules that put their commands on `app`, in the order of the help."""
