@@ -87,9 +87,9 @@ class Survey:
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not blank; `.xz` and `.gz` are read as they are. A `SteerError` for what
     cannot be read."""
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
+    packed = {".xz": lzma.LZMAFile, ".gz": gzip.GzipFile}.get(path.suffix.lower())
     try:
-        with opened(path, "rb") as lines:
+        with packed(path) if packed else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
@@ -325,7 +325,8 @@ class Results:
         if size < state.bytes:
             lost = f"{self.path} has {size} bytes, and {state.bytes} were written to it"
             raise SteerError(lost, self._anew())
-        self._file.truncate(state.bytes)
+        if size > state.bytes:
+            self._file.truncate(state.bytes)
         self._file.seek(state.bytes)
         return state
 

@@ -111,7 +111,9 @@ def _prompt(entry: dict[str, Any], defaults: Defaults) -> Prompt:
         if system is not None:
             raise SteerError("a system message goes with messages, not with a prompt to go on from", "or pass `--chat`")
         return Prompt(text=_whole("prompt", text))
-    said = [("user", text)] if text is not None else [_message(one, place) for place, one in enumerate(messages or [])]
+    said: list[tuple[Role, str]] = [_message(one, place) for place, one in enumerate(messages or ())]
+    if text is not None:
+        said = [("user", text)]
     if not said or said[-1][0] != "user":
         last = f"end with one of the {said[-1][0]}" if said else "are none"
         raise SteerError(f"messages {last}", "the last one is the user's, which the reply answers")

@@ -194,8 +194,8 @@ class Told:
 def _options(settings: Settings) -> dict[str, Any]:
     """What of the settings a reply depends on, by flag; of files also what tells that they have changed."""
     names = ("model", "labels", "device", "dtype", "quantize", "quantize_all", "chat_format", "compile", "threads")
-    names += ("seed", "max_tokens", "system", *SAMPLING)
-    options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    drawn = ("seed", "max_tokens", "system", *SAMPLING)
+    options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in (*names, *drawn)}
     saes = [settings.sae, *settings.more_saes] if settings.sae else []
     files = {f"the files of {path}": _stamp(Path(path)) for path in filter(None, (settings.model, *saes))}
     return options | {"--sae": saes} | files
