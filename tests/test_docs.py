@@ -16,7 +16,7 @@ from train.recipe import Arch
 from train.sweep import parse_sweep
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/training.md", "docs/recipes.md", "docs/llama-3.2.md", "docs/scale.md")
+DOCUMENTS = ("README.md", "docs/training.md", "docs/recipes.md", "docs/llama-3.2.md", "docs/scale.md", "docs/batch.md")
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "to", "big", "red", "house", "by", "sea")
 
 
@@ -43,7 +44,7 @@ def write_requests(path: Path, lines: int, latents: int, longest: int = 24, seed
 
 def start(source: Path, out: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "steer", "batch", str(source), str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
 def run(source: Path, out: Path, options: Sequence[str]) -> float:
@@ -67,7 +68,8 @@ def kill_at(source: Path, out: Path, options: Sequence[str], lines: int, delay: 
         time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
     return count(out)
 
 

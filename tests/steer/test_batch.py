@@ -37,7 +37,8 @@ def test_a_line_that_says_only_its_prompt_runs_as_all_do() -> None:
 def test_a_line_replaces_what_it_says() -> None:
     ask = request(
         id="x", prompt="Once", edits=["clamp 4 0 on generated", "7 +1.1x"], seed=9, max_tokens=3, temperature=1,
-        top_p=1.0, top_k=4, min_p=0.1, repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={"7": -2}, meta={"a": [1]},
+        top_p=1.0, top_k=4, min_p=0.1, repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={"7": -2},
+        meta={"a": [1]},
         system=None,
     )  # fmt: skip
     assert ask.name == {"id": "x", "meta": {"a": [1]}}
