@@ -155,7 +155,7 @@ def stream_steps(
     `read_last` a row that ended by length is read once more so that hooks see its last token, which may give an empty
     list too. When `stop` is set, no further pass begins.
 
-    With `places` at most so many rows are written at a time. The others wait in their order; when an eighth of the
+    With `places` at most so many rows are written at a time. The others wait in their order; when over an eighth of the
     places is free, the next ones are read by passes of their own, and go on beside those that are being written. What
     runs together follows from the prompts and what becomes of them alone, not from time.
 
@@ -186,21 +186,11 @@ def stream_steps(
     followers = {leader: shadow for shadow, leader in leaders.items()}
     before = cache.lengths if cache is not None else [0] * len(prompts)
     waiting: deque[_Row] = deque()
-    for number, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
-        _check_prompt(prompt, length, samplings[number], model)
+    for number, (prompt, length, limit, each) in enumerate(zip(prompts, before, limits, samplings, strict=True)):
+        _check_prompt(prompt, length, each, model)
         generator, text = torch.Generator().manual_seed(seeds[number]), texts[number] if texts else None
-        waiting.append(
-            _Row(
-                number,
-                list(prompt[length:]),
-                len(prompt),
-                limits[number],
-                samplings[number],
-                generator,
-                list(prompt),
-                text,
-            )
-        )
+        row = _Row(number, list(prompt[length:]), len(prompt), limit, each, generator, list(prompt), text)
+        waiting.append(row)
     if cache is None:
         cache = model.new_cache(places, min(context, max(row.prompt_length + row.limit for row in waiting)))
     live: list[_Row] = []

@@ -37,7 +37,7 @@ def imported(module: str) -> set[str]:
     return set(ran.stdout.split())
 
 
-PLAIN = ("session", "edits", "events", "errors", "store", "config", "commands")
+PLAIN = ("session", "edits", "events", "errors", "store", "config", "commands", "batch", "requests")
 SCREENS = sorted(f"steer.tui.{file.stem}" for file in (ROOT / "steer" / "tui").glob("*.py") if file.stem != "__init__")
 
 

@@ -19,6 +19,7 @@ from steer.cli import engines
 from steer.cli.complete import DEFAULT_TOKENS, hit_entry, report_entry
 from steer.cli.options import Chat, Edits, Error, Json, command, narrate, one_line, put, steering_set
 from steer.config import Settings
+from steer.edits import SteeringSet
 from steer.errors import ExitCode, SteerError
 from steer.requests import SAMPLING, Defaults
 from steer.session import check_max_tokens
@@ -66,7 +67,12 @@ def batch(
     if seen.example is not None:
         first, second = seen.example
         narrate(f"{seen.repeated} lines have the id of an earlier one: line {second}, for one, that of line {first}")
-    options = _options(settings) | {"--edit": edit or [], "--error": error, "--chat": chat, "--stop": wanted.ends}
+    options = _options(settings, steering) | {
+        "--edit": edit or [],
+        "--error": error,
+        "--chat": chat,
+        "--stop": wanted.ends,
+    }
     options |= {"--baseline": baseline, "--hits": hits, "--logprobs": logprobs}
     with Results(out, source, seen, options, batch_size) as results, engines.interruptible() as cancel:
         if (done := results.state.lines) < seen.lines:
@@ -112,28 +118,30 @@ def _answer(
     """Write what is missing of the results, until `cancel` is set."""
     told = Told(results.state.total, results.state.lines)
     lines = islice(read_lines(source), results.state.lines, results.state.total)
-    for group in groups(lines, GROUP * wanted.batch_size):
-        rows, entries = admit(engine, group, defaults, wanted.baseline)
-        failed = len(group) - sum(not row.baseline for row in rows)
-        told.add(failed, 0)
-        replies: dict[int, Reply] = {}
-        for place, reply in write(
-            engine, rows, wanted.batch_size, cancel, hits=wanted.hits > 0, stop_strings=wanted.ends
-        ):
-            replies[place] = reply
-            told.add(not rows[place].baseline, len(reply.events))
-        if len(replies) < len(rows):
-            break
-        for place, row in enumerate(rows):
-            found, own = reply_entry(replies[place], engine, wanted), entries[row.request.line]
-            own |= {"baseline": found} if row.baseline else found
-            if wanted.baseline and not steers(row.request.steering):
-                own["baseline"] = found
-        tokens = sum(len(reply.events) for reply in replies.values())
-        results.add([one_line(entry) for entry in entries.values()], failed, tokens)
-        if cancel.is_set():
-            break
-    told.end()
+    try:
+        for group in groups(lines, GROUP * wanted.batch_size):
+            rows, entries = admit(engine, group, defaults, wanted.baseline)
+            failed, replies = sum("error" in entry for entry in entries.values()), dict[int, Reply]()
+            told.add(failed, 0)
+            for place, reply in write(
+                engine, rows, wanted.batch_size, cancel, hits=wanted.hits > 0, stop_strings=wanted.ends
+            ):
+                replies[place] = reply
+                told.add(not rows[place].baseline, len(reply.events))
+            if len(replies) < len(rows):
+                return
+            for place, row in enumerate(rows):
+                found, own = reply_entry(replies[place], engine, wanted), entries[row.request.line]
+                own |= {"baseline": found} if row.baseline else found
+                if wanted.baseline and not steers(row.request.steering):
+                    own["baseline"] = found
+            tokens = sum(len(reply.events) for reply in replies.values())
+            results.add([one_line(entry) for entry in entries.values()], failed, tokens)
+            if cancel.is_set() and results.state.lines < results.state.total:
+                return
+    finally:
+        told.clear()
+    narrate(told.line())
 
 
 def reply_entry(reply: Reply, engine: Engine, wanted: Wanted) -> Entry:
@@ -171,18 +179,18 @@ class Told:
             self._last = now
             if shown:
                 width = shutil.get_terminal_size().columns - 1
-                print(f"\r{self._line(now)[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+                print(f"\r{self.line()[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
             else:
-                narrate(self._line(now))
+                narrate(self.line())
 
-    def end(self) -> None:
-        """The last word."""
+    def clear(self) -> None:
+        """Leave the terminal's line to others."""
         if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr)
-        narrate(self._line(time.monotonic()))
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def _line(self, now: float) -> str:
-        seconds = max(now - self._began, 1e-9)
+    def line(self) -> str:
+        """Lines done, tokens a second of this run, and the time that the rest will take at its pace."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
         text = f"{self.before + self.lines} of {self.total} lines, {self.tokens / seconds:.0f} tokens/s"
         left = self.total - self.before - self.lines
         if not (self.lines and left):
@@ -191,13 +199,14 @@ class Told:
         return f"{text}, {wait // 3600}:{wait // 60 % 60:02}:{wait % 60:02} left"
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def _options(settings: Settings, steering: SteeringSet) -> dict[str, Any]:
     """What of the settings a reply depends on, by flag; of files also what tells that they have changed."""
     names = ("model", "labels", "device", "dtype", "quantize", "quantize_all", "chat_format", "compile", "threads")
     drawn = ("seed", "max_tokens", "system", *SAMPLING)
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in (*names, *drawn)}
     saes = [settings.sae, *settings.more_saes] if settings.sae else []
-    files = {f"the files of {path}": _stamp(Path(path)) for path in filter(None, (settings.model, *saes))}
+    paths = (settings.model, settings.labels, *saes, *(edit.file for edit in steering.edits))
+    files = {f"the state of {path}": _stamp(Path(path)) for path in filter(None, paths)}
     return options | {"--sae": saes} | files
 
 

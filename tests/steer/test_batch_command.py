@@ -127,6 +127,18 @@ def test_a_row_is_what_it_is_alone_whoever_shares_its_batch(engine: Engine, size
             assert (edit.before, edit.after) == pytest.approx((other_edit.before, other_edit.after), rel=1e-4, abs=1e-5)
 
 
+def test_rows_of_one_prompt_keep_the_timing_of_their_edits(engine: Engine) -> None:
+    steering = [SteeringSet((Edit.parse(edit),)) for edit in ("3 +4 ramp 30", "5 +3 decay 9", "3 +4 for 12 tokens")]
+    asks = [Prompt(text="Once upon a time")] * 3
+    events = list(engine.stream(asks, steering, sampling=Sampling(0.0), seeds=[0] * 3, max_tokens=20))
+    for row, one in enumerate(steering):
+        single = list(engine.stream(asks[:1], [one], sampling=Sampling(0.0), seeds=[0], max_tokens=20))
+        own = [event for event in events if isinstance(event, TokenEvent) and event.row == row]
+        other = [event for event in single if isinstance(event, TokenEvent)]
+        assert [event.token for event in own] == [event.token for event in other]
+        assert [event.logprob for event in own] == pytest.approx([event.logprob for event in other], rel=1e-5)
+
+
 def test_no_more_rows_run_than_there_are_places_and_few_stay_empty(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
