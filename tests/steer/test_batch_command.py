@@ -263,6 +263,16 @@ def test_a_baseline_is_the_same_request_without_its_edits(steer: Steer, tmp_path
         assert len(reply["logprobs"]) == len(reply["tokens"]) and all(value < 0 for value in reply["logprobs"])
 
 
+def test_a_stop_text_ends_each_reply_before_it(steer: Steer, tmp_path: Path) -> None:
+    ask(tmp_path / "in.jsonl", *({"id": line, "prompt": "Once" * (line + 1), "seed": line} for line in range(12)))
+    options = ("--max-tokens", "40", "--temperature", "0", "--batch-size", "3", "--logit-bias", "97=40")
+    assert steer("batch", "in.jsonl", "free.jsonl", *options)[0] == 0
+    assert all("aa" in result["text"] for result in results(tmp_path / "free.jsonl"))
+    assert steer("batch", "in.jsonl", "out.jsonl", *options, "--stop", "aa")[0] == 0
+    for free, result in zip(results(tmp_path / "free.jsonl"), results(tmp_path / "out.jsonl"), strict=True):
+        assert result["finish"] == "stop" and result["text"] == free["text"].partition("aa")[0]
+
+
 def test_what_is_wrong_with_all_lines_is_said_once(steer: Steer, tmp_path: Path) -> None:
     ask(tmp_path / "in.jsonl", {"id": 1, "prompt": "a"})
     for arguments, why in (
