@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, SteerError, sentence
@@ -266,7 +266,8 @@ class Results:
             what = "the input" if out.is_file() else "no file"
             raise SteerError(f"results cannot go to {out}: it is {what}", "choose another name")
         try:
-            self._file: BinaryIO = os.fdopen(os.open(out, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            # Without a buffer: on a full disk, closing the file would try what is left in it once more.
+            self._file = os.fdopen(os.open(out, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         except OSError as error:
             raise SteerError(f"{out} cannot be written: {error.strerror or error}") from error
         try:
@@ -294,8 +295,10 @@ class Results:
         """The results of a group, one a line; safe on the disk when this returns."""
         text, state = "".join(f"{line}\n" for line in lines).encode(), self.state
         try:
-            self._file.write(text)
-            self._sync(self._file)
+            rest = memoryview(text)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
             self._save(
                 replace(
                     state,
@@ -356,14 +359,10 @@ class Results:
         temporary = self._beside.with_name(self._beside.name + ".tmp")
         with temporary.open("wb") as handle:
             handle.write(json.dumps(asdict(state)).encode() + b"\n")
-            self._sync(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, self._beside)
         self.state = state
-
-    @staticmethod
-    def _sync(handle: BinaryIO) -> None:
-        handle.flush()
-        os.fsync(handle.fileno())
 
     def _lock(self) -> None:
         if fcntl is None:

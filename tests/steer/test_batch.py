@@ -222,15 +222,15 @@ class KilledError(BaseException):
     """In place of a kill."""
 
 
-def answer(folder: Path, options: dict[str, Any] = OPTIONS, size: int = 2) -> Results:
-    """What the command does, with the line's number for a reply."""
+def answer(folder: Path, options: dict[str, Any] = OPTIONS, size: int = 2, wide: int = 1) -> Results:
+    """What the command does, with the line's number for a reply of `wide` characters."""
     source = folder / "in.jsonl"
     if not source.exists():
         source.write_text("".join(f'{{"id": {line}}}\n' for line in range(LINES)))
     with Results(folder / "out.jsonl", source, survey(source), options, size) as results:
         results.run_on("a model")
         for group in groups(list(read_lines(source))[results.state.lines :], 3):
-            results.add([json.dumps({"id": line, "seed": 1}) for line, _ in group], 0, len(group))
+            results.add([json.dumps({"id": line, "text": "x" * wide}) for line, _ in group], 0, len(group))
     return results
 
 
@@ -298,6 +298,22 @@ def test_a_full_disk_keeps_what_is_written_and_says_how_to_go_on(
     assert raised.value.hint == "what is in it is safe: once that is put right, the same command goes on after 3 lines"
     answer(tmp_path)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_a_file_that_may_not_grow_is_one_sentence_too(whole: bytes, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(SteerError, match="cannot be added to: File too large"):
+            answer(tmp_path, wide=500)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "out.jsonl").stat().st_size == 1024
+    assert answer(tmp_path, wide=500).state.lines == LINES
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == list(
+        range(1, LINES + 1)
+    )
 
 
 def test_another_input_option_or_model_is_refused_and_another_batch_size_is_not(whole: bytes, tmp_path: Path) -> None:
