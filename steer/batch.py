@@ -267,7 +267,7 @@ class Results:
             raise SteerError(f"results cannot go to {out}: it is {what}", "choose another name")
         try:
             # Without a buffer: on a full disk, closing the file would try what is left in it once more.
-            self._file = os.fdopen(os.open(out, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+            self._file = out.open("a+b", buffering=0)
         except OSError as error:
             raise SteerError(f"{out} cannot be written: {error.strerror or error}") from error
         try:
@@ -330,7 +330,6 @@ class Results:
             raise SteerError(lost, self._anew())
         if size > state.bytes:
             self._file.truncate(state.bytes)
-        self._file.seek(state.bytes)
         return state
 
     def _compare(self, before: Options, now: Options) -> None:
@@ -344,16 +343,16 @@ class Results:
 
     def _read(self) -> Progress:
         try:
-            state = Progress(**json.loads(self._beside.read_text(encoding="utf-8")))
+            said = json.loads(self._beside.read_text(encoding="utf-8"))
+            if (said["format"], said["version"]) != ("steer-batch", 1):
+                raise SteerError(f"{self._beside} is of another version of steer", "choose another name")
+            return Progress(**said)
         except FileNotFoundError as error:
             raise SteerError(
                 f"{self.path} is not empty, and no {self._beside.name} says what it holds", "choose another name"
             ) from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise SteerError(f"{self._beside} is damaged", f"choose another name than {self.path}") from error
-        if (state.format, state.version) != ("steer-batch", 1):
-            raise SteerError(f"{self._beside} is of another version of steer", "choose another name")
-        return state
 
     def _save(self, state: Progress) -> None:
         temporary = self._beside.with_name(self._beside.name + ".tmp")

@@ -339,8 +339,12 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     out.write_text("precious\n")
     with pytest.raises(SteerError, match=r"is not empty, and no out.jsonl.progress says what it holds"):
         answer(tmp_path)
-    (tmp_path / "out.jsonl.progress").write_text("{")
-    with pytest.raises(SteerError, match="is damaged"):
+    for text, why in (("{", "is damaged"), ("[]", "is damaged"), ("{}", "is damaged"), ("\xff", "is damaged")):
+        (tmp_path / "out.jsonl.progress").write_text(text, encoding="latin-1")
+        with pytest.raises(SteerError, match=why):
+            answer(tmp_path)
+    (tmp_path / "out.jsonl.progress").write_text('{"format": "steer-batch", "version": 2, "more": 1}')
+    with pytest.raises(SteerError, match="of another version"):
         answer(tmp_path)
     assert out.read_text() == "precious\n"
     source = tmp_path / "in.jsonl"

@@ -1,6 +1,7 @@
 """`steer batch` on a tiny model and SAE: what a result holds, and that it is the same however the run went."""
 
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from sae.checkpoint import save_sae
 from steer.batch import Row, write
 from steer.cli import main
+from steer.cli.batch import Told
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.events import Event, Finished, PromptRead, TokenEvent
@@ -325,6 +327,26 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     code, said = steer("batch", "in.jsonl", "out.jsonl", *MANY)
     assert code == 0 and "all 40 lines are in out.jsonl, 3 of them with an error" in said
+
+
+def test_progress_tells_speed_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("steer.cli.batch.time.monotonic", lambda: now[0])
+    told = Told(total=100, before=40)
+    told.add(10, 300)
+    now[0] += 120
+    assert told.line() == "50 of 100 lines, 2 tokens/s, 0:10:00 left"
+    told.add(50, 0)
+    assert told.line() == "100 of 100 lines, 2 tokens/s"
+
+
+def test_another_sae_at_the_same_place_is_not_gone_on_with(steer: Steer, folder: Path, tmp_path: Path) -> None:
+    ask(tmp_path / "in.jsonl", {"id": 1, "prompt": "a", "max_tokens": 2})
+    assert steer("batch", "in.jsonl", "out.jsonl")[0] == 0
+    weights = folder / "sae" / "sae.safetensors"
+    os.utime(weights, (weights.stat().st_atime, weights.stat().st_mtime + 5))
+    code, said = steer("batch", "in.jsonl", "out.jsonl")
+    assert code == 1 and f"was begun with the state of {folder / 'sae'}" in said and "delete out.jsonl" in said
 
 
 def test_a_killed_run_goes_on_to_the_same_file(steer: Steer, folder: Path, tmp_path: Path) -> None:
