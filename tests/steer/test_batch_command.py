@@ -332,7 +332,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
 def test_progress_tells_speed_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("steer.cli.batch.time.monotonic", lambda: now[0])
-    told = Told(total=100, before=40)
+    told = Told(total=100, before=40, _began=now[0], _last=now[0])
     told.add(10, 300)
     now[0] += 120
     assert told.line() == "50 of 100 lines, 2 tokens/s, 0:10:00 left"
