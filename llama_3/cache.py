@@ -134,6 +134,17 @@ class KVCache:
         joined.lengths = [length for cache in caches for length in cache.lengths]
         return joined
 
+    def append(self, other: "KVCache") -> None:
+        """Add the rows of another cache, in the place of some that were dropped."""
+        begin, end, used = self.rows, self.rows + other.rows, max(other.lengths, default=0)
+        assert end <= self._keys.shape[1] and used <= self.capacity and self.kept_at == other.kept_at
+        self._keys[:, begin:end, :, :used] = other._keys[:, : other.rows, :, :used]
+        self._values[:, begin:end, :, :used] = other._values[:, : other.rows, :, :used]
+        if self._resid_BSD is not None and other._resid_BSD is not None:
+            self._resid_BSD[begin:end, :used] = other._resid_BSD[: other.rows, :used]
+        self.lengths = [*self.lengths, *other.lengths]
+        self._view()
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, and drop the others. Rows in ascending order are moved without a copy."""
         rows = list(rows)

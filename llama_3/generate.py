@@ -1,13 +1,14 @@
 """Tokens from prompts, one forward pass at a time.
 
 `stream_steps` is the only loop: the prefill comes first, a long one in chunks, and then each pass yields one `Step` for
-every row that is still being written. Rows of different lengths share a batch; a finished row leaves it, and the others
-keep their numbers. A shadow row reads the tokens of another, so that what two settings of the hooks make of one text
-can be compared token by token. Nothing here knows of text, except to look for stop strings. `read` puts tokens into a
-cache, `rerun` brings one up to date with hooks that have changed.
+every row that is still being written. Rows of different lengths share a batch; a finished row leaves it, its place may
+be taken by one that waits, and all keep their numbers. A shadow row reads the tokens of another, so that what two
+settings of the hooks make of one text can be compared token by token. Nothing here knows of text, except to look for
+stop strings. `read` puts tokens into a cache, `rerun` brings one up to date with hooks that have changed.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,8 @@ class _Row:
     feed: list[int]
     """Tokens that are still to be read."""
     prompt_length: int
+    limit: int
+    """The most tokens it may make."""
     sampling: Sampling
     generator: torch.Generator
     history: list[int]
@@ -131,8 +134,9 @@ def stream_steps(
     *,
     sampling: Sampling | Sequence[Sampling],
     seeds: Sequence[int],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     stop_ids: Sequence[int] | frozenset[int],
+    places: int | None = None,
     texts: Sequence[ReplyText | None] = (),
     shadows: Mapping[int, int] | None = None,
     hooks: Hooks | None = None,
@@ -142,84 +146,102 @@ def stream_steps(
     read_last: bool = False,
     chunk: int = PREFILL_CHUNK,
 ) -> Iterator[list[Step]]:
-    """Yield the steps of the rows still being written, in the order of rows, once per forward pass.
+    """Yield the steps of the rows that a forward pass has written, in the order in which they began, once per pass.
 
     A row ends with finish `stop` at a token of `stop_ids` (which is a step, but not text of the reply) or at the token
     that completes a stop string of its text (`texts`, one a row, say what each step adds), and with `length` after
-    `max_tokens` steps or when the model's context is full. Prompts longer than `chunk` are read in
-    several passes, all rows ending with the same one; a pass that only reads yields an empty list. With `read_last` a
-    row that ended by length is read once more so that hooks see its last token, which may give an empty list too. When
-    `stop` is set, no further pass begins.
+    `max_tokens` (one number, or one a row) steps or when the model's context is full. Prompts longer than `chunk` are
+    read in several passes, all rows ending with the same one; a pass that only reads yields an empty list. With
+    `read_last` a row that ended by length is read once more so that hooks see its last token, which may give an empty
+    list too. When `stop` is set, no further pass begins.
+
+    With `places` at most so many rows are written at a time. The others wait in their order; when over an eighth of the
+    places is free, the next ones are read by passes of their own, and go on beside those that are being written. What
+    runs together follows from the prompts and what becomes of them alone, not from time.
 
     `shadows` maps rows that draw nothing and yield no steps to the row whose tokens they read, which has the same
     prompt; that row's steps then say how far its distribution is from the shadow's.
 
     A `cache` may hold a first part of each prompt, which is not read again. It is written to, and its finished rows
-    are dropped as they end (the last ones stay). Nothing is checked before the first step is asked for; then a
-    ValueError names a prompt that is empty, holds an id outside the
+    are dropped as they end (the last ones stay). Neither it nor shadows go with rows that wait. Nothing is checked
+    before the first step is asked for; then a ValueError names a prompt that is empty, holds an id outside the
     vocabulary, leaves no room in the context or nothing to read, and a biased token that is not there.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     assert len(samplings) == len(seeds) == len(prompts), "one sampling and one seed per prompt"
     assert cache is None or cache.rows == len(prompts), "one row of the cache per prompt"
     assert not texts or len(texts) == len(prompts), "one text per prompt"
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens} and must be at least 1")
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    assert len(limits) == len(prompts), "one limit per prompt"
+    if bad := [limit for limit in limits if limit < 1]:
+        raise ValueError(f"max_tokens is {bad[0]} and must be at least 1")
     if not prompts:
         return
     context, stopping, leaders = model.config.max_context, frozenset(stop_ids), dict(shadows or {})
     assert all(prompts[shadow] == prompts[leader] for shadow, leader in leaders.items()), (
         "a shadow has its row's prompt"
     )
+    places = min(places or len(prompts), len(prompts))
+    assert places == len(prompts) or (cache is None and not leaders), "a cache and shadows go with rows that all run"
     followers = {leader: shadow for shadow, leader in leaders.items()}
     before = cache.lengths if cache is not None else [0] * len(prompts)
-    live = []
-    for number, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
-        _check_prompt(prompt, length, samplings[number], model)
-        generator = torch.Generator().manual_seed(seeds[number])
-        text = texts[number] if texts else None
-        live.append(_Row(number, list(prompt[length:]), len(prompt), samplings[number], generator, list(prompt), text))
+    waiting: deque[_Row] = deque()
+    for number, (prompt, length, limit, each) in enumerate(zip(prompts, before, limits, samplings, strict=True)):
+        _check_prompt(prompt, length, each, model)
+        generator, text = torch.Generator().manual_seed(seeds[number]), texts[number] if texts else None
+        row = _Row(number, list(prompt[length:]), len(prompt), limit, each, generator, list(prompt), text)
+        waiting.append(row)
     if cache is None:
-        cache = model.new_cache(len(live), min(context, max(row.prompt_length for row in live) + max_tokens))
-    while live:
+        cache = model.new_cache(places, min(context, max(row.prompt_length + row.limit for row in waiting)))
+    live: list[_Row] = []
+    coming = [waiting.popleft() for _ in range(places)]
+    theirs = cache
+    while live or coming:
         if stop is not None and stop.is_set():
             return
+        rows, where = (coming, theirs) if coming else (live, cache)
         with torch.inference_mode():
-            logits_BV = _read(model, live, cache, hooks, chunk)
-            unread = any(row.feed for row in live)
-            at = {row.number: i for i, row in enumerate(live)}
+            logits_BV = _read(model, rows, where, hooks, chunk)
+            unread = any(row.feed for row in rows)
+            at = {row.number: i for i, row in enumerate(rows)}
             writing = (
-                [] if unread else [i for i, row in enumerate(live) if row.finish is None and row.number not in leaders]
+                [] if unread else [i for i, row in enumerate(rows) if row.finish is None and row.number not in leaders]
             )
-            beside = [at.get(followers.get(live[i].number, -1)) for i in writing]
-            drawn = _draw(logits_BV, live, writing, beside, alternatives) if writing else []
+            beside = [at.get(followers.get(rows[i].number, -1)) for i in writing]
+            drawn = _draw(logits_BV, rows, writing, beside, alternatives) if writing else []
         if unread:
             yield []
             continue
         steps = []
         for i, shadow, (token, logprob, entropy, others, distance) in zip(writing, beside, drawn, strict=True):
-            row = live[i]
+            row = rows[i]
             row.made += 1
             row.feed = [token]
             row.history.append(token)
             added = "" if row.text is None or token in stopping else row.text.push(token)
             if token in stopping or (row.text is not None and row.text.stopped):
                 row.finish = "stop"
-            elif row.made >= max_tokens or row.prompt_length + row.made >= context:
+            elif row.made >= row.limit or row.prompt_length + row.made >= context:
                 row.finish = "length"
             steps.append(Step(row.number, token, logprob, entropy, others, row.finish, added, *distance))
             if shadow is not None:
-                live[shadow].feed, live[shadow].finish = [token], row.finish
+                rows[shadow].feed, rows[shadow].finish = [token], row.finish
         yield steps
         wrote = set(writing)
         kept = [
             i
-            for i, row in enumerate(live)
+            for i, row in enumerate(rows)
             if row.finish is None or (read_last and row.finish == "length" and i in wrote)
         ]
-        if kept:
-            cache.select(kept)
-        live = [live[i] for i in kept]
+        if kept or waiting or where is not cache:
+            where.select(kept)
+        if where is not cache:
+            cache.append(where)
+        live = [*([] if rows is live else live), *(rows[i] for i in kept)]
+        free, coming = places - len(live), []
+        if waiting and free >= min(len(waiting), 1 + places // 8):
+            coming = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            theirs = model.new_cache(len(coming), max(row.prompt_length for row in coming))
 
 
 def read(
@@ -268,14 +290,20 @@ def rerun(
     yield from read(model, cache, tokens, row=row, prompt_length=prompt_length, hooks=hooks, chunk=chunk, again=True)
 
 
+def check_biases(logit_bias: Sequence[tuple[int, float]], model: Transformer) -> None:
+    """ValueError for a biased token that the model does not have."""
+    vocab_size = model.config.vocab_size
+    if bad := [token for token, _ in logit_bias if token >= vocab_size]:
+        raise config_error(f"logit_bias names token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+
+
 def _check_prompt(prompt: Sequence[int], before: int, sampling: Sampling, model: Transformer) -> None:
     context, vocab_size = model.config.max_context, model.config.vocab_size
     if not prompt:
         raise config_error("the prompt is empty", "it needs at least the begin-of-text token")
     if bad := [token for token in prompt if not 0 <= token < vocab_size]:
         raise config_error(f"token id {bad[0]} lies outside the model's vocabulary of {vocab_size}")
-    if bad := [token for token, _ in sampling.logit_bias if token >= vocab_size]:
-        raise config_error(f"logit_bias names token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+    check_biases(sampling.logit_bias, model)
     if before >= len(prompt):
         raise config_error(f"the cache holds {before} tokens, which leaves none of the prompt's {len(prompt)} to read")
     if len(prompt) >= context:

@@ -123,7 +123,7 @@ class Steerer:
             if compiled:
                 groups.setdefault(compiled, []).append(place)
                 self.applied[row] = self.applied.get(row, 0) + 1
-        self.gate.keep({row: self.sets.get(row, NO_EDITS).edits for row in span.rows})
+        self.gate.keep({row: compiled.edits for row, compiled in self.sets.items()})
         if not groups and not self.recording:
             return resid_BTD
         x_BTD = resid_BTD.float()

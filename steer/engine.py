@@ -20,7 +20,7 @@ from labels.index import Feature, LabelIndex
 from llama_3.chat_format import ChatFormat, Message, load_chat_format
 from llama_3.checkpoint import load_model
 from llama_3.config import read_config, read_generation_defaults
-from llama_3.generate import ReplyText
+from llama_3.generate import ReplyText, check_biases
 from llama_3.gguf_file import hold_header
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
@@ -40,7 +40,7 @@ from steer.events import Event, Finished, TokenEvent
 from steer.held import Held
 from steer.replies import Replies, Row, prompt_events
 from steer.resolve import Compiled, Resolver, by_hook, check_labels, check_together
-from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling
+from steer.session import EngineInfo, FeatureCard, Prompt, Readout, Sampling, check_max_tokens
 from steer.steerers import Steerers, hits_by_row, in_order
 
 _WITHOUT = "no SAE for this model, so no features; `steer train` makes one"
@@ -216,24 +216,27 @@ class Engine:
         *,
         sampling: Sampling | Sequence[Sampling] | None = None,
         seeds: Sequence[int] = (0,),
-        max_tokens: int = 128,
+        max_tokens: int | Sequence[int] = 128,
         stop: threading.Event | None = None,
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
         watch: Sequence[int] = (),
         reuse: bool = False,
+        places: int | None = None,
     ) -> Iterator[Event]:
         """The events of a batch of replies, row by row as they come.
 
         `steering` is asked for the set before every forward pass, or gives one set per row. `hits` records the active
         latents of every token. The rows in `watch` are measured at every token against the unsteered model on the same
-        text. Rows of one prompt read what they share of it once. Raises `SteerError` before the first event for an edit
-        or a prompt that cannot run.
+        text. Rows of one prompt read what they share of it once. With `places` at most so many rows are written at a
+        time; the others wait, and each takes the place of one that is done. Raises `SteerError` before the first event
+        for an edit or a prompt that cannot run.
         """
-        if max_tokens < 1:
-            raise SteerError(f"a reply of {max_tokens} tokens is none", "ask for at least 1")
-        rows = [self._read(prompt, max_tokens, stop_strings) for prompt in prompts]
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        if bad := [limit for limit in limits if limit < 1]:
+            raise SteerError(f"a reply of {bad[0]} tokens is none", "ask for at least 1")
+        rows = [self._read(prompt, limit, stop_strings) for prompt, limit in zip(prompts, limits, strict=True)]
         for one in set(self._sets(steering, len(rows))):
             self.compile(one)
         drawn = [self._defaults] * len(rows) if sampling is None else sampling
@@ -251,15 +254,9 @@ class Engine:
             lambda: self._sets(steering, len(rows)),
             alternatives,
             watch,
+            places=places,
         )
-        return self._run(
-            replies,
-            reuse,
-            token_sampling,
-            agree(seeds),
-            max_tokens,
-            AgreedStop(stop or threading.Event()),
-        )
+        return self._run(replies, reuse, token_sampling, agree(seeds), limits, AgreedStop(stop or threading.Event()))
 
     def _run(
         self,
@@ -267,7 +264,7 @@ class Engine:
         reuse: bool,
         sampling: list[TokenSampling],
         seeds: list[int],
-        max_tokens: int,
+        limits: list[int],
         stop: threading.Event,
     ) -> Iterator[Event]:
         with self._lock:
@@ -275,9 +272,9 @@ class Engine:
                 [row] = replies.rows
                 [steering] = replies.sets()
                 points = in_order([*self.saes, *self.compile(steering)])
-                self._held = replies.held = self._room(len(row.prompt) + max_tokens, points[0] if points else None)
+                self._held = replies.held = self._room(len(row.prompt) + limits[0], points[0] if points else None)
             try:
-                yield from replies.write(sampling, seeds, max_tokens, stop)
+                yield from replies.write(sampling, seeds, limits, stop)
             finally:
                 if replies.held is not None:
                     replies.held.cache.select([0])  # its shadow is of no use to the next reply
@@ -347,6 +344,21 @@ class Engine:
             if len(tokens) + min(max_tokens, 1) > context:
                 raise SteerError(f"the prompt has {len(tokens)} tokens, the model holds {context}", "shorten it")
         return Row(tokens, dropped, ReplyText(self.tokenizer, stop_strings, opens=prompt.text is None), said)
+
+    def measure(self, prompt: Prompt, steering: SteeringSet, sampling: Sampling, max_tokens: int) -> int:
+        """Tokens of the prompt of a reply that can be written whole; a `SteerError` or ValueError says why it cannot:
+        what it runs with, a prompt that the model does not hold."""
+        check_max_tokens(max_tokens, self.model.config.max_context)
+        self.compile(steering)
+        check_biases(sampling.logit_bias, self.model)
+        row = self._read(prompt, max_tokens)
+        if row.dropped:
+            context = self.model.config.max_context
+            raise SteerError(
+                f"the messages and a reply of {max_tokens} tokens do not fit: the model holds {context}",
+                f"leave out the oldest {row.dropped} messages, or shorten them",
+            )
+        return len(row.prompt)
 
     def _sets(self, steering: Steering, rows: int) -> list[SteeringSet]:
         if callable(steering):

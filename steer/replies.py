@@ -76,18 +76,20 @@ class Replies:
     """The rows that are measured against the unsteered model on the same text."""
     held: Held | None = None
     """What is known of the only row's tokens; brought up to date and added to."""
+    places: int | None = None
+    """At most so many rows are written at a time; each then reads its prompt by itself."""
 
     def write(
         self,
         sampling: Sequence[TokenSampling],
         seeds: Sequence[int],
-        max_tokens: int,
+        limits: Sequence[int],
         stop: threading.Event,
     ) -> Iterator[Event]:
-        """The events of all rows, as they come."""
+        """The events of all rows, as they come; `limits` are the most tokens of each."""
         started = time.perf_counter()
         self._set_up()
-        cache = self._start(max_tokens, stop)
+        cache = self._start(max(limits), stop)
         reading = self.steerers.recording
         every = [*range(len(self.rows)), *self.watched]
         passes = stream_steps(
@@ -95,8 +97,9 @@ class Replies:
             [self.rows[number].prompt for number in every],
             sampling=[sampling[number] for number in every],
             seeds=[seeds[number] for number in every],
-            max_tokens=max_tokens,
+            max_tokens=[limits[number] for number in every],
             stop_ids=self.stop_ids,
+            places=self.places,
             texts=[*(row.text for row in self.rows), *[None] * len(self.watched)],
             shadows={len(self.rows) + place: number for place, number in enumerate(self.watched)},
             hooks=self.steerers.hooks,
@@ -110,7 +113,6 @@ class Replies:
             if read:
                 self._set_up()
             live = [number for number, row in enumerate(self.rows) if not row.done]
-            writing = [number for number in live if self.rows[number].finish != "length"]
             steps = next(passes, None)
             if steps is None:
                 break
@@ -122,17 +124,15 @@ class Replies:
                 held.add(0, fed, self.steerers, len(row.prompt), record.get(0, ()))
             if not steps and not read:  # a first part of the prompts
                 continue
-            for number in writing:
-                row = self.rows[number]
+            read = True
+            for step in steps:
+                row = self.rows[step.row]
                 row.steps, row.applied, row.ran = row.steps + 1, row.applied + row.ran, False
-            if not read:
-                read = True
-                for number, row in enumerate(self.rows):
-                    yield self._prompt_read(number, row)
-            else:
-                for number, row_hits in record.items():
-                    if number < len(self.rows) and self.rows[number].pending is not None:
-                        yield self._token_event(number, row_hits[-1])
+                if row.steps == 1:
+                    yield self._prompt_read(step.row, row)
+            for number, row_hits in record.items():
+                if number < len(self.rows) and self.rows[number].pending is not None:
+                    yield self._token_event(number, row_hits[-1])
             for step in steps:
                 row = self.rows[step.row]
                 row.unread = step.token
@@ -178,7 +178,7 @@ class Replies:
             held.take_up(self.model, self.steerers, prompt, stop)
             self._note({})
             self.rows[0].hits = list(held.hits)
-        if rows == 1 or len(prompt) < 2 or any(row.prompt != prompt for row in self.rows):
+        if rows == 1 or self.places or len(prompt) < 2 or any(row.prompt != prompt for row in self.rows):
             return held.cache if held is not None else None
         if held is None:
             held = Held.empty(self.model, min(self.model.config.max_context, len(prompt) + max_tokens), self.steerers)

@@ -20,6 +20,7 @@ import typer
 
 from llama_3.ranks import is_main, world
 from steer.cli import (
+    batch,
     calibrate,
     capture,
     chat,
@@ -43,7 +44,7 @@ from steer.errors import EXPLAINED, ExitCode, SteerError, render
 __all__ = ["app", "main"]
 
 COMMANDS = (
-    chat, complete, inspect, why, patch, features, calibrate, controls, recipe,
+    chat, complete, batch, inspect, why, patch, features, calibrate, controls, recipe,
     split, capture, preprocess, train, evaluate, label, doctor,
 )  # fmt: skip
 """The modules that put their commands on `app`, in the order of the help."""

@@ -163,14 +163,18 @@ def _read_once() -> str:
     return agree([sys.stdin.read() if is_main() else ""])[0]
 
 
-def put(entry: dict[str, Any]) -> None:
-    """One JSON object on one line of stdout; ASCII, so that nothing in it reaches a terminal; null where a number is
-    none, since JSON has neither NaN nor infinity."""
+def one_line(entry: dict[str, Any]) -> str:
+    """A JSON object on one line; ASCII, so that nothing in it reaches a terminal; null where a number is none, since
+    JSON has neither NaN nor infinity."""
     try:
-        line = json.dumps(entry, allow_nan=False)
+        return json.dumps(entry, allow_nan=False)
     except ValueError:
-        line = json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
-    print(line, flush=True)
+        return json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
+
+
+def put(entry: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout."""
+    print(one_line(entry), flush=True)
 
 
 def narrate(text: str) -> None:
