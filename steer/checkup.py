@@ -100,6 +100,11 @@ def most(recorded: float | None) -> float:
     return max(recorded, min(0.9, max(3 * recorded, recorded + 0.2)))
 
 
+HOPELESS = 0.9
+"""FVU above which a first look says that an SAE is a wrong one: the mean would do about as well. Below it a text unlike
+the SAE's own may be all that is wrong."""
+
+
 def suspicion(x_ND: Tensor, y_ND: Tensor, recorded: Recorded) -> str | None:
     """Why the SAE that made `y` out of residuals `x` looks like a wrong one, in one sentence, or None.
 
@@ -111,7 +116,7 @@ def suspicion(x_ND: Tensor, y_ND: Tensor, recorded: Recorded) -> str | None:
     if len(x_ND) < LEAST:
         return None
     found = float(fvu(x_ND.double(), y_ND.double()))
-    if found <= most(recorded.fvu):
+    if found <= max(HOPELESS, recorded.fvu or 0.0):
         return None
     beside = "" if recorded.fvu is None else f", where {recorded.fvu:.2g} is recorded"
     return f"the SAE does not fit this model: it leaves {_share(found)} of the variance unexplained{beside}"

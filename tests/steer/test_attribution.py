@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.model import Transformer
-from sae.intervene import CompiledEdit, CompiledSet, Steerer
+from sae.compiled import CompiledEdit, CompiledSet
+from sae.intervene import Steerer
 from sae.model import SAE
 from steer.attribution import STAND_INS, ablate, why_latent, why_token
 from steer.errors import SteerError

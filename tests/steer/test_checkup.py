@@ -19,6 +19,8 @@ from sae.model import SAE, SAEConfig
 from steer.checkup import Finding, Recorded, examine, glance, most, suspicion
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
+from steer.edits import Edit
+from steer.engine import Engine
 from steer.errors import SteerError
 from steer.probing import in_float32, residuals, write_text
 from steer.readings import fit, normalise_readings, places
@@ -265,11 +267,12 @@ def test_a_glance_finds_what_is_far_off(demo: Demo) -> None:
 def test_suspicion_is_a_matter_of_fvu_and_of_enough_tokens() -> None:
     x_ND = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     silent, noted = Recorded(None, None, None, None), Recorded(0.1, None, None, None)
-    off_ND = x_ND + 0.6 * (x_ND - x_ND.mean(0))  # FVU 0.36
+    near_ND, off_ND = (x_ND + by * (x_ND - x_ND.mean(0)) for by in (0.9, 1.0))  # FVU 0.81 and 1
     assert suspicion(x_ND, off_ND, noted) == (
-        "the SAE does not fit this model: it leaves 36% of the variance unexplained, where 0.1 is recorded"
+        "the SAE does not fit this model: it leaves 100% of the variance unexplained, where 0.1 is recorded"
     )
-    assert suspicion(x_ND, off_ND, silent) is None and suspicion(x_ND, x_ND, noted) is None
+    assert suspicion(x_ND, off_ND, silent) is not None
+    assert suspicion(x_ND, near_ND, noted) is None and suspicion(x_ND, x_ND, noted) is None
     assert suspicion(x_ND[:8], -x_ND[:8], noted) is None
     assert "overflows" in str(suspicion(x_ND / 0, x_ND, noted))
 
@@ -358,3 +361,21 @@ def test_doctor_prints_the_checks(
     (tmp_path / "raw.txt").write_bytes(b"\xff\xfe")
     assert main(["doctor", "--text", "raw.txt"]) == 1
     assert "FAILED  text       raw.txt is not UTF-8 text" in capsys.readouterr().out
+
+
+def test_nothing_is_steered_with_an_sae_that_fits_nothing(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer.checkup.glance", glance)
+    wrong = SAE.of(demo.sae.config, {name: -weight for name, weight in demo.sae.weights.items()})
+    wrong.stats = demo.sae.stats
+    save_sae(tmp_path / "sae", wrong)
+    edit = Edit.parse("5 +1x")
+    engine = Engine.load(DEMO_MODEL, tmp_path / "sae")
+    assert "the SAE does not fit this model" in str(engine.info.notice)
+    with pytest.raises(SteerError, match="nothing is steered with a wrong SAE"):
+        engine.check(edit)
+    trusting = Engine.load(DEMO_MODEL, tmp_path / "sae", trust_sae=True)
+    assert "the SAE does not fit this model" in str(trusting.info.notice)
+    trusting.check(edit)
+    assert Engine.load(DEMO_MODEL, DEMO_SAE).info.notice is None

@@ -143,7 +143,9 @@ def test_the_screens_open_with_a_recipe_once_what_differs_is_said(
 
 def test_a_session_becomes_a_recipe(steer: Steer, folder: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "home" / "sessions")
-    session = Session(Engine.load(folder / "model", folder / "sae"), seed=8, max_tokens=3, system="be kind")
+    session = Session(
+        Engine.load(folder / "model", folder / "sae", trust_sae=True), seed=8, max_tokens=3, system="be kind"
+    )
     session.steer("12 +2")
     session.steer("clamp 5 0")
     store.save(session, "mine")
@@ -308,7 +310,7 @@ def engine(folder: Path) -> Engine:
     sae.b_dec_D.copy_(torch.linspace(-2, 1, 32))
     sae.W_dec_FD.mul_(3)
     save_sae(folder / "biased", sae)
-    return Engine.load(folder / "model", folder / "biased")
+    return Engine.load(folder / "model", folder / "biased", trust_sae=True)
 
 
 def _imported(engine: Engine, file: Path) -> Recipe:
