@@ -117,8 +117,8 @@ class Calibrator:
     def calibrate(self, latent: int) -> Calibrated:
         """One latent's trials."""
         engine = self.engine
-        maximum = engine.resolver.maximum(latent)
         engine.check(Edit(latent, "add", Strength(1.0, "max")))
+        maximum = engine.resolver.maximum(latent)
         assert maximum is not None
         if self._baseline is None:
             self._baseline = self._write([(prompt, False) for prompt in self.prompts], SteeringSet())

@@ -115,9 +115,9 @@ def test_a_layer_of_another_sae_is_left_out(tmp_path: Path) -> None:
 
 
 def test_controls_tell_the_direction_from_any_other(demo: Engine) -> None:
-    edit, prompts = Edit.parse(f"{BOOK} +1x"), [Prompt(text="Once upon a time")]
+    edit, prompts = Edit.parse(f"{BOOK} +0.5x"), [Prompt(text="Once upon a time")]
     asked = [Prompt(text="A story about a book. Once upon a time")]
-    found = run_controls(demo, edit, ["book", "books"], prompts, asked, seeds=4, tokens=20)
+    found = run_controls(demo, edit, ["book", "books"], prompts, asked, seeds=4, tokens=40)
     by_name = {one.name: one for one in found}
     assert tuple(by_name) == CONDITIONS
     assert all(one.replies == 4 and one.rate.low <= one.rate.value <= one.rate.high for one in found)
