@@ -54,6 +54,25 @@ class Feature:
     max_activation: float | None
     mean_on: float | None
     density: float | None
+    sweet: float | None = None
+    """The strength at which it steers best and the one at which text falls apart, in units of its max; None while
+    unknown, or where there is none."""
+    cliff: float | None = None
+    steerability: float | None = None
+    """The effect at the sweet spot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How a latent answered to being pushed, and when that was measured (ISO 8601, UTC)."""
+
+    latent: int
+    sweet: float | None
+    cliff: float | None
+    steerability: float | None
+    data: str
+    """All trials, as JSON."""
+    made: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +89,9 @@ class Example:
 class LabelIndex:
     """An open index. A context manager; `close` may be called twice."""
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: str | Path, *, read_only: bool = False, layer: Path | None = None) -> None:
+        """`layer` is another index, where there is one, whose calibrations stand before this one's: what a user has
+        measured for an index that is not to be written."""
         self.path, self.read_only = Path(path), read_only
         self._lock = threading.RLock()
         _check_header(self.path)
@@ -79,6 +100,7 @@ class LabelIndex:
         try:
             with self._plainly():
                 self._check_schema()
+                self._lay(layer if layer is not None and layer.exists() else None)
         except BaseException:
             self._db.close()
             raise
@@ -123,6 +145,7 @@ class LabelIndex:
         """
         parsed = parse(query)
         order = "words.rank, f.max_activation DESC, f.latent" if parsed.match else "f.latent"
+        order = f"{parsed.order} DESC, f.latent" if parsed.order else order
         sql = f"SELECT {_FEATURE} {_from(parsed)} ORDER BY {order} LIMIT ?"
         return [Feature(*row) for row in self._rows(sql, [*_values(parsed), limit])]
 
@@ -164,13 +187,16 @@ class LabelIndex:
         """The bytes of every token id that examples and effects use."""
         return dict(self._rows("SELECT id, bytes FROM tokens"))
 
+    def raw_effects(self, latent: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """The token ids that the latent pushes up and those it pushes down, as `effects` has their texts."""
+        rows = self._rows("SELECT data FROM effects WHERE latent = ?", [latent])
+        with self._plainly():
+            up, down = packing.unpack_effects(rows[0][0]) if rows else ([], [])
+        return list(up), list(down)
+
     def effects(self, latent: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
         """The tokens that the latent pushes up and those it pushes down, strongest first, with the logit per unit."""
-        rows = self._rows("SELECT data FROM effects WHERE latent = ?", [latent])
-        if not rows:
-            return [], []
-        with self._plainly():
-            both = packing.unpack_effects(rows[0][0])
+        both = self.raw_effects(latent)
         texts = self._bytes_of({token for side in both for token, _ in side})
         up, down = ([(texts[token].decode("utf-8", "replace"), value) for token, value in side] for side in both)
         return up, down
@@ -191,6 +217,12 @@ class LabelIndex:
         return [
             Label(*row) for row in self._rows("SELECT latent, text, author, created, score FROM labels ORDER BY id")
         ]
+
+    def calibration(self, latent: int) -> Calibration | None:
+        """How the latent answered to being pushed, or None when nobody has tried."""
+        sql = "SELECT latent, sweet, cliff, steerability, data, made FROM calibration WHERE latent = ?"
+        rows = self._rows(sql, [latent])
+        return Calibration(*rows[0]) if rows else None
 
     def latents(self) -> list[int]:
         """The latents in the index, in order."""
@@ -263,6 +295,15 @@ class LabelIndex:
             rows = ((latent, packing.pack_effects(up, down)) for latent, up, down in effects)
             db.executemany("INSERT OR REPLACE INTO effects VALUES (?, ?)", rows)
 
+    def write_calibrations(self, calibrations: Iterable[Calibration]) -> None:
+        """Replaces the calibration of each latent given."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO calibrations (latent, sweet, cliff, steerability, data, made) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                ((c.latent, c.sweet, c.cliff, c.steerability, c.data, c.made or _now()) for c in calibrations),
+            )
+
     def compact(self) -> None:
         """Makes the file as small as it can be, for shipping."""
         self._refuse_read_only()
@@ -287,6 +328,20 @@ class LabelIndex:
             with self._transaction() as db:
                 migration(db)
                 db.execute("INSERT INTO migrations VALUES (?, ?)", (migration.__name__, _now()))
+
+    def _lay(self, layer: Path | None) -> None:
+        """Make `calibration`, which search reads: the layer's rows, and this file's where the layer has none."""
+        own, above = "SELECT * FROM main.calibrations", ""
+        if layer is not None:
+            _check_header(layer)
+            self._db.execute("ATTACH ? AS layer", [f"file:{quote(str(layer.absolute()))}?mode=ro"])
+            sae = "(SELECT value FROM {}.meta WHERE key = 'sae/sae.safetensors')"
+            if not self._db.execute(f"SELECT {sae.format('layer')} IS {sae.format('main')}").fetchone()[0]:
+                layer = None  # measured with another SAE
+        if layer is not None:
+            above = "SELECT * FROM layer.calibrations UNION ALL "
+            own += " WHERE latent NOT IN (SELECT latent FROM layer.calibrations)"
+        self._db.execute(f"CREATE TEMP VIEW calibration AS {above}{own}")
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock, self._plainly():
@@ -328,14 +383,18 @@ class LabelIndex:
             raise LabelError(f"the label index `{self.path}` is damaged: {error}") from error
 
 
-_FEATURE: Final = "f.latent, coalesce(l.text, ''), coalesce(l.author, ''), f.max_activation, f.mean_on, f.density"
+_FEATURE: Final = (
+    "f.latent, coalesce(l.text, ''), coalesce(l.author, ''), f.max_activation, f.mean_on, f.density, "
+    "c.sweet, c.cliff, c.steerability"
+)
 
 
 def _from(query: Query) -> str:
     conditions = ["words MATCH ?"] * bool(query.match) + query.conditions
     source = "words JOIN features f ON f.latent = words.rowid" if query.match else "features f"
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-    return f"FROM {source} LEFT JOIN labels l ON l.id = f.label{where}"
+    joins = "LEFT JOIN labels l ON l.id = f.label LEFT JOIN calibration c ON c.latent = f.latent"
+    return f"FROM {source} {joins}{where}"
 
 
 def _values(query: Query) -> list[str | int | float]:

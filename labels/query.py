@@ -4,7 +4,9 @@
     id:7  id:7,9  id:7..9
     max:>5  max:<=2.5  max:2..5        largest recorded activation
     density:<1%  density:>0.001        share of tokens on which the latent is active
-    is:unlabelled  is:labelled  is:edited (a person wrote the label)  is:dead (never active)
+    steer:>2  steer:1..5               steerability, as `steer calibrate` measured it
+    sort:steer  sort:max  sort:density largest first, in place of the best match
+    is:unlabelled  is:labelled  is:edited (a person wrote the label)  is:dead (never active)  is:calibrated
 
 Terms are joined by AND. A term without letters or digits is looked for literally in the label.
 """
@@ -21,7 +23,7 @@ from labels.errors import LabelError
 
 MOST_WORDS: Final = 32
 _WORD = re.compile(r"[^\W_]+")
-_FILTER = re.compile(r"(id|max|density|is):(.*)", re.DOTALL | re.IGNORECASE)
+_FILTER = re.compile(r"(id|max|density|steer|sort|is):(.*)", re.DOTALL | re.IGNORECASE)
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)(%?)"
 _BOUND = re.compile(r"(>=|<=|>|<|=)" + _NUMBER)
 _RANGE = re.compile(_NUMBER + r"\.\." + _NUMBER)
@@ -30,16 +32,21 @@ _STATES: Final = {
     "labelled": "coalesce(l.text, '') <> ''",
     "edited": "l.text <> '' AND l.author <> 'local' AND l.author NOT LIKE 'claude%' AND l.author NOT LIKE 'import%'",
     "dead": "f.density = 0",
+    "calibrated": "c.latent IS NOT NULL",
 }
+_ORDERS: Final = {"steer": "c.steerability", "max": "f.max_activation", "density": "f.density"}
 
 
 @dataclass
 class Query:
-    """A search as an FTS5 expression ("" when there are no words) and SQL conditions on features `f` and labels `l`."""
+    """A search as an FTS5 expression ("" when there are no words) and SQL conditions on features `f`, labels `l` and
+    calibrations `c`."""
 
     match: str = ""
     conditions: list[str] = field(default_factory=list)
     values: list[str | int | float] = field(default_factory=list)
+    order: str = ""
+    """The column whose largest values come first; "" is the best match."""
 
 
 def malformed(term: str, example: str) -> LabelError:
@@ -101,13 +108,22 @@ def _bounds(column: str, example: str, percent: bool) -> Callable[[str, str, Que
 
 def _is(term: str, value: str, query: Query) -> None:
     if value.lower() not in _STATES:
-        raise malformed(term, "`is:unlabelled`, `is:labelled`, `is:edited` or `is:dead`")
+        raise malformed(term, "`is:unlabelled`, `is:labelled`, `is:edited`, `is:dead` or `is:calibrated`")
     query.conditions.append(f"({_STATES[value.lower()]})")
+
+
+def _sort(term: str, value: str, query: Query) -> None:
+    if value.lower() not in _ORDERS:
+        raise malformed(term, "`sort:steer`, `sort:max` or `sort:density`")
+    query.order = _ORDERS[value.lower()]
+    query.conditions.append(f"{query.order} IS NOT NULL")
 
 
 _FILTERS: Final = {
     "id": _id,
     "max": _bounds("f.max_activation", "`max:>5` or `max:2..5`", percent=False),
     "density": _bounds("f.density", "`density:<1%` or `density:0.001..0.01`", percent=True),
+    "steer": _bounds("c.steerability", "`steer:>2` or `steer:1..5`", percent=False),
+    "sort": _sort,
     "is": _is,
 }

@@ -35,7 +35,15 @@ def first_tables(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: Final[list[Migration]] = [first_tables]
+def calibrations(db: sqlite3.Connection) -> None:
+    """How strongly a latent can be pushed: the sweet spot, the cliff, the effect at the sweet spot, and all trials."""
+    db.execute(
+        "CREATE TABLE calibrations (latent INTEGER PRIMARY KEY, sweet REAL, cliff REAL, steerability REAL, "
+        "made TEXT NOT NULL, data TEXT NOT NULL)"
+    )
+
+
+MIGRATIONS: Final[list[Migration]] = [first_tables, calibrations]
 
 
 def mismatch(path: Path, done: Collection[str], missing: Collection[Migration], read_only: bool) -> LabelError | None:

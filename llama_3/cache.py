@@ -67,7 +67,7 @@ class KVCache:
         """Keep, from now on, the residual from which everything that `point` can change is run again: that at `point`
         itself between two blocks, else that at the start of its block."""
         assert not any(self.lengths), "what was read before would be missing"
-        self.kept_at = point if point.site == "resid_post" else HookPoint(point.layer, "resid_pre")
+        self.kept_at = point.entry
         with torch.inference_mode(False):
             self._resid_BSD = torch.zeros(
                 self.rows, self.capacity, self.config.d_model, dtype=self.dtype, device=self.device
@@ -113,6 +113,37 @@ class KVCache:
             forked._resid_BSD[:, :length] = self._resid_BSD[row : row + 1, :length]
         forked.lengths = [length] * rows
         return forked
+
+    @classmethod
+    def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
+        """One cache with the rows of several, which keep the residual at the same point or nowhere."""
+        first = caches[0]
+        assert len({cache.kept_at for cache in caches}) == 1
+        rows, capacity = sum(cache.rows for cache in caches), max(cache.capacity for cache in caches)
+        joined = cls(first.config, rows, capacity, first.dtype, first.device)
+        if first.kept_at is not None:
+            joined.keep(first.kept_at)
+        begin = 0
+        for cache in caches:
+            here, used = slice(begin, begin + cache.rows), max(cache.lengths)
+            joined._keys[:, here, :, :used] = cache._keys[:, : cache.rows, :, :used]
+            joined._values[:, here, :, :used] = cache._values[:, : cache.rows, :, :used]
+            if joined._resid_BSD is not None and cache._resid_BSD is not None:
+                joined._resid_BSD[here, :used] = cache._resid_BSD[: cache.rows, :used]
+            begin += cache.rows
+        joined.lengths = [length for cache in caches for length in cache.lengths]
+        return joined
+
+    def append(self, other: "KVCache") -> None:
+        """Add the rows of another cache, in the place of some that were dropped."""
+        begin, end, used = self.rows, self.rows + other.rows, max(other.lengths, default=0)
+        assert end <= self._keys.shape[1] and used <= self.capacity and self.kept_at == other.kept_at
+        self._keys[:, begin:end, :, :used] = other._keys[:, : other.rows, :, :used]
+        self._values[:, begin:end, :, :used] = other._values[:, : other.rows, :, :used]
+        if self._resid_BSD is not None and other._resid_BSD is not None:
+            self._resid_BSD[begin:end, :used] = other._resid_BSD[: other.rows, :used]
+        self.lengths = [*self.lengths, *other.lengths]
+        self._view()
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, and drop the others. Rows in ascending order are moved without a copy."""

@@ -63,6 +63,11 @@ class HookPoint:
                 return cls(int(match["layer"]), site or match["site"])
         raise _point_error(repr(text))
 
+    @property
+    def entry(self) -> "HookPoint":
+        """The last point between two blocks at or before this one: from there all that it can change is run again."""
+        return self if self.site == "resid_post" else HookPoint(self.layer, "resid_pre")
+
     def width(self, config: ModelConfig) -> int:
         """Length of the vectors at this point."""
         return config.n_heads * config.head_dim if self.site == "attn_z" else config.d_model

@@ -11,20 +11,27 @@ dtype.
     clamp v     (v - a) * d          `if on`: only where a > 0
     scale s     (s - 1) * a * d
     ablate      -a * d
+    floor v     (max(a, v) - a) * d
+    cap v       (min(a, v) - a) * d
     bias v      decode(f') - decode(f),  f' = act(pre + v * e_i)
+    project     -(x . u) * u,  u = d / |d|
+    vector v    v * d,  d from a file; needs no SAE
 
-Letters: B rows, T tokens, D d_model, F latents, K kept latents, R the rows of a batch that share one set.
+Where and when an edit acts, and with what share of its delta, is told by `sae/gate.py`.
+Letters: B rows, T tokens, D d_model, F latents, K kept latents, E edits, R the rows of a batch that share one set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sae.compiled import NO_EDITS, CompiledEdit, CompiledSet
+from sae.gate import Gate, Where
 from sae.model import SAE, Latents
 
 
@@ -39,41 +46,15 @@ class SpanLike(Protocol):
     def rows(self) -> Sequence[int]: ...
     @property
     def generated_BT(self) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledEdit:
-    """An edit with its strength resolved to a raw number."""
-
-    kind: Literal["add", "clamp", "scale", "ablate", "bias"]
-    latent: int
-    value: float = 0.0
-    if_on: bool = False
-    place: Literal["all", "prompt", "generated"] = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledSet:
-    """The live edits of one row, and what becomes of the reconstruction error."""
-
-    edits: tuple[CompiledEdit, ...] = ()
-    drop_error: bool = False
-    special_tokens: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.edits) or self.drop_error
-
-    def at(self, generated: bool) -> CompiledSet:
-        """What of the set can act at a position of the prompt, or from its last position on (`generated`)."""
-        places = ("all", "generated") if generated else ("all", "prompt")
-        kept = tuple(edit for edit in self.edits if edit.place in places)
-        return CompiledSet(kept, self.drop_error, self.special_tokens) if kept or self.drop_error else NO_EDITS
+    @property
+    def prompt_lengths_B(self) -> Tensor: ...
 
 
 Trace = Tensor
 """What one edit did to one row, (5, T), float32, on the device: the position; 1 where it acted, else 0; the latent's
 activation there before; what the encoder reads of the latent in the edited stream, for topk before the race for k
-places; 1 where a `bias` did not bring its latent into the active set. The last three are 0 where it did not act."""
+places; 1 where a `bias` did not bring its latent into the active set. The last three are 0 where it did not act. Of a
+vector, which has no latent, before and after are the stream's parts along it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +95,19 @@ class Record:
     readable_BT: Tensor
 
 
-NO_EDITS = CompiledSet()
-
-
 @dataclass(slots=True)
 class Steerer:
-    """Edits and reads the residual stream at one hook point with one SAE.
+    """Edits and reads the residual stream at one hook point, with one SAE or, for vectors alone, with none.
 
     `sets` maps logical rows to what runs there and may be changed between forward passes; rows left out run unedited.
     `special` holds the token ids that, like the first token, are neither read nor (by default) edited.
     """
 
-    sae: SAE
+    sae: SAE | None
     special: Collection[int] = ()
     recording: bool = False
     sets: Mapping[int, CompiledSet] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Gate)
     records: list[Record] = field(default_factory=list)
     """One per call while `recording`, oldest first; whoever reads them takes them out."""
     traces: dict[tuple[int, CompiledEdit], list[Trace]] = field(default_factory=dict)
@@ -144,69 +123,84 @@ class Steerer:
             if compiled:
                 groups.setdefault(compiled, []).append(place)
                 self.applied[row] = self.applied.get(row, 0) + 1
+        self.gate.keep({row: compiled.edits for row, compiled in self.sets.items()})
         if not groups and not self.recording:
             return resid_BTD
         x_BTD = resid_BTD.float()
         positions_BT = span.positions_BT
         real_BT = positions_BT >= 0
         readable_BT = (positions_BT > 0) & ~self._is_special(span.tokens_BT)
-        needs_pre = any(edit.kind == "bias" for compiled in groups for edit in compiled.edits)
-        pre_BTF = self.sae.pre_activations(x_BTD) if needs_pre else None
-        latents = self.sae.encode(x_BTD) if pre_BTF is None else self.sae.activate(pre_BTF)
-        if self.recording:
+        pre_BTF, latents = self._encode(x_BTD, groups)
+        if self.recording and latents is not None:
             self.records.append(Record(tuple(span.rows), positions_BT, latents, readable_BT))
         if not groups:
             return resid_BTD
+        last_BT = positions_BT == span.prompt_lengths_B[:, None].to(positions_BT.device) - 1
         edited_BTD = resid_BTD.clone()
         for compiled, places in groups.items():
             whole = len(places) == len(span.rows)
             pick = slice(None) if whole else torch.tensor(places, device=x_BTD.device)
-            f = Latents(latents.indices[pick], latents.values[pick])
-            allowed_RT = (real_BT if compiled.special_tokens else readable_BT)[pick]
-            generated_RT = span.generated_BT[pick]
+            rows, masks = [span.rows[place] for place in places], (real_BT, readable_BT, span.generated_BT, last_BT)
+            where = Where(rows, positions_BT[pick], *(mask[pick] for mask in masks))
+            f = Latents(latents.indices[pick], latents.values[pick]) if latents is not None else None
             x_RTD = x_BTD[pick]
-            pre_RTF = pre_BTF[pick] if pre_BTF is not None else None
-            delta_RTD, acting_ERT, lost_ERT = self._deltas(compiled, x_RTD, f, pre_RTF, allowed_RT, generated_RT)
-            y_RTD = x_RTD + delta_RTD
-            if compiled.drop_error:
-                y_RTD = torch.where(allowed_RT[..., None], self.sae.decode(f, x_RTD) + delta_RTD, y_RTD)
-            touched_RT = allowed_RT if compiled.drop_error else acting_ERT.any(0)
+            delta_RTD, acting_ERT, lost_ERT = self._deltas(
+                compiled, x_RTD, f, pre_BTF[pick] if pre_BTF is not None else None, where
+            )
+            y_RTD, touched_RT = x_RTD + delta_RTD, acting_ERT.any(0)
+            if compiled.drop_error and self.sae is not None and f is not None:
+                touched_RT = where.real_RT if compiled.special_tokens else where.readable_RT
+                y_RTD = torch.where(touched_RT[..., None], self.sae.decode(f, x_RTD) + delta_RTD, y_RTD)
+                touched_RT = touched_RT | acting_ERT.any(0)
             # Untouched positions keep their very bits, whatever the round trip through float32 would do.
             edited_BTD[pick] = torch.where(touched_RT[..., None], y_RTD.to(resid_BTD.dtype), resid_BTD[pick])
-            self._trace(compiled, [span.rows[p] for p in places], f, y_RTD, acting_ERT, lost_ERT, positions_BT[pick])
+            self._trace(compiled, where, f, x_RTD, y_RTD, acting_ERT, lost_ERT)
         return edited_BTD
 
+    def _encode(self, x_BTD: Tensor, groups: Collection[CompiledSet]) -> tuple[Tensor | None, Latents | None]:
+        """Pre-activations where a bias asks for them, and latents."""
+        if self.sae is None:
+            return None, None
+        if any(edit.kind == "bias" for compiled in groups for edit in compiled.edits):
+            pre_BTF = self.sae.pre_activations(x_BTD)
+            return pre_BTF, self.sae.activate(pre_BTF)
+        return None, self.sae.encode(x_BTD)
+
     def _deltas(
-        self,
-        compiled: CompiledSet,
-        x_RTD: Tensor,
-        f: Latents,
-        pre_RTF: Tensor | None,
-        allowed_RT: Tensor,
-        generated_RT: Tensor,
+        self, compiled: CompiledSet, x_RTD: Tensor, f: Latents | None, pre_RTF: Tensor | None, where: Where
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The summed deltas (R, T, D); where each edit acted and where a bias lost the race, both (E, R, T)."""
-        scale_RT1 = self.sae.scale(x_RTD)
+        scale_RT1 = self.sae.scale(x_RTD) if self.sae is not None else 1.0
         delta_RTD = torch.zeros_like(x_RTD)
-        acting_ERT = torch.zeros(len(compiled.edits), *allowed_RT.shape, dtype=torch.bool, device=x_RTD.device)
+        acting_ERT = torch.zeros(len(compiled.edits), *x_RTD.shape[:2], dtype=torch.bool, device=x_RTD.device)
         lost_ERT = torch.zeros_like(acting_ERT)
         for number, edit in enumerate(compiled.edits):
-            a_RT = activation_of(f, edit.latent)
-            where_RT = allowed_RT
-            if edit.place != "all":
-                where_RT = where_RT & (generated_RT if edit.place == "generated" else ~generated_RT)
+            other_RT = activation_of(f, edit.other) if f is not None and edit.other is not None else None
+            acts_RT, share_RT = self.gate.share(edit, where, other_RT, compiled.special_tokens)
+            if edit.kind == "vector":
+                assert edit.direction_D is not None
+                acting_ERT[number] = acts_RT
+                delta_RTD += (edit.value * share_RT)[..., None] * edit.direction_D
+                continue
+            assert self.sae is not None and f is not None, f"{edit.kind} needs an SAE"
+            a_RT, d_D = activation_of(f, edit.latent), self.sae.decoder_direction(edit.latent)
             if edit.if_on:
-                where_RT = where_RT & (a_RT > 0)
-            acting_ERT[number] = where_RT
+                acts_RT = acts_RT & (a_RT > 0)
+            acting_ERT[number] = acts_RT
             match edit.kind:
                 case "bias":
                     assert pre_RTF is not None
                     pushed_RTF = pre_RTF.clone()
                     pushed_RTF[..., edit.latent] += edit.value
                     pushed = self.sae.activate(pushed_RTF)
-                    lost_ERT[number] = where_RT & (activation_of(pushed, edit.latent) <= 0)
+                    lost_ERT[number] = acts_RT & (activation_of(pushed, edit.latent) <= 0)
                     change_RTD = self.sae.decode(pushed, x_RTD) - self.sae.decode(f, x_RTD)
-                    delta_RTD += torch.where(where_RT[..., None], change_RTD, 0.0)
+                    delta_RTD += torch.where(acts_RT[..., None], share_RT[..., None] * change_RTD, 0.0)
+                    continue
+                case "project":
+                    u_D = torch.nn.functional.normalize(d_D, dim=0)
+                    along_RT = torch.where(acts_RT, share_RT * (x_RTD @ u_D), 0.0)
+                    delta_RTD -= along_RT[..., None] * u_D
                     continue
                 case "add":
                     amount_RT = torch.full_like(a_RT, edit.value)
@@ -216,28 +210,37 @@ class Steerer:
                     amount_RT = (edit.value - 1.0) * a_RT
                 case "ablate":
                     amount_RT = -a_RT
-            amount_RT = torch.where(where_RT, amount_RT, 0.0)
-            delta_RTD += amount_RT[..., None] * scale_RT1 * self.sae.decoder_direction(edit.latent)
-        return delta_RTD, acting_ERT, lost_ERT
+                case "floor":
+                    amount_RT = (edit.value - a_RT).clamp(min=0.0)
+                case "cap":
+                    amount_RT = (edit.value - a_RT).clamp(max=0.0)
+            amount_RT = torch.where(acts_RT, share_RT * amount_RT, 0.0)
+            delta_RTD += amount_RT[..., None] * scale_RT1 * d_D
+        return delta_RTD * compiled.factor if compiled.factor != 1.0 else delta_RTD, acting_ERT, lost_ERT
 
     def _trace(
         self,
         compiled: CompiledSet,
-        rows: Sequence[int],
-        f: Latents,
+        where: Where,
+        f: Latents | None,
+        x_RTD: Tensor,
         y_RTD: Tensor,
         acting_ERT: Tensor,
         lost_ERT: Tensor,
-        positions_RT: Tensor,
     ) -> None:
         """Note what every edit did in this call, on the device."""
         for edit in dict.fromkeys(compiled.edits):  # an edit that stands twice in a set acts at each position once more
             number = compiled.edits.index(edit)
-            where_RT = acting_ERT[number].float()
-            before_RT, after_RT = activation_of(f, edit.latent), self.sae.read(y_RTD, edit.latent)
-            columns = positions_RT, where_RT, where_RT * before_RT, where_RT * after_RT, lost_ERT[number]
+            acted_RT = acting_ERT[number].float()
+            if edit.direction_D is not None:
+                u_D = torch.nn.functional.normalize(edit.direction_D, dim=0)
+                before_RT, after_RT = x_RTD @ u_D, y_RTD @ u_D
+            else:
+                assert self.sae is not None and f is not None
+                before_RT, after_RT = activation_of(f, edit.latent), self.sae.read(y_RTD, edit.latent)
+            columns = where.positions_RT, acted_RT, acted_RT * before_RT, acted_RT * after_RT, lost_ERT[number]
             trace_R5T = torch.stack([column.float() for column in columns], 1)
-            for trace_5T, row in zip(trace_R5T, rows, strict=True):
+            for trace_5T, row in zip(trace_R5T, where.rows, strict=True):
                 self.traces.setdefault((row, edit), []).append(trace_5T)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import clean
-from steer.session import Mode, Session, check_max_tokens, check_seed
+from steer.session import GuardMode, Mode, Session, check_max_tokens, check_seed
 
 Paint = int | Literal["strongest"] | None
 """What the transcript shows by colour: one latent, each token's strongest one, or nothing."""
@@ -198,6 +198,18 @@ def _pace(context: Context, argument: str) -> None:
     context.steered(f"replies come at no more than {pace:g} tokens a second" if pace else "replies come unpaced")
 
 
+def _guard(context: Context, argument: str) -> None:
+    modes: dict[str, tuple[GuardMode, str]] = {
+        "off": ("off", "replies are not measured"),
+        "watch": ("watch", "replies are measured against the unsteered model"),
+        "back-off": ("back-off", "replies are measured, and edits weakened where a reply goes over the line"),
+    }
+    if argument not in modes:
+        raise SteerError(f"`{clean(argument)}` is no guard", "write off, watch or back-off")
+    context.session.guard, said = modes[argument]
+    context.steered(said)
+
+
 def _new(context: Context, argument: str) -> None:
     context.session.clear()
     context.draw_turns()
@@ -224,12 +236,17 @@ COMMANDS: tuple[Command, ...] = (
     Command("clamp", None, "LATENT VALUE [if on]", "hold a latent at a value", _edit("clamp")),
     Command("scale", None, "LATENT FACTOR", "multiply what a latent contributes", _edit("scale")),
     Command("ablate", None, "LATENT", "take a latent's contribution away", _edit("ablate")),
+    Command("floor", None, "LATENT VALUE", "hold a latent at or above a value", _edit("floor")),
+    Command("cap", None, "LATENT VALUE", "hold a latent at or below a value", _edit("cap")),
     Command("bias", None, "LATENT VALUE", "add before the activation, where latents compete", _edit("bias")),
+    Command("project", None, "LATENT", "take out all that lies along a latent's direction", _edit("project")),
+    Command("vector", None, "FILE VALUE", "add a direction from a file", _edit("vector")),
     Command("mute", None, "LATENT", "mute a latent's edits, or let them act again", _mute),
     Command("remove", None, "LATENT", "take a latent's edits out of the set", _remove),
     Command("clear", None, "", "remove every edit", _clear),
     Command("special", None, "", "edit the first token and special tokens too, or not", _special),
     Command("error", None, "keep|drop", "keep the SAE's reconstruction error, or drop it", _error),
+    Command("guard", None, "off|watch|back-off", "measure replies, or weaken edits that go too far", _guard),
     Command("steering", "s", "", "go to the steering set", lambda context, _: context.show_pane("steering"), "steer"),
     Command("token", "t", "", "go to the token's features", lambda context, _: context.show_pane("token"), "token"),
     Command("features", "f", "", "browse the features", lambda context, _: context.show_features(""), "features"),

@@ -39,7 +39,9 @@ class Settings:
     model: str | None = None
     """Folder, .gguf file or hub id of the model; None is the shipped one."""
     sae: str | None = None
-    """Folder of the SAE; None is the shipped one with the shipped model, else none."""
+    """Folder of the SAE; None is the shipped one with the shipped model, else none. In the file also a list."""
+    more_saes: tuple[str, ...] = ()
+    """Those of further SAEs, each at a hook point of its own."""
     labels: str | None = None
     """The label index, an SQLite file."""
     device: str = "auto"
@@ -54,6 +56,8 @@ class Settings:
     """Compile the step that writes one token."""
     threads: int | None = None
     """CPU threads of torch."""
+    trust_sae: bool = False
+    """Steer with an SAE even where a first look finds that it cannot be the right one."""
     seed: int | None = None
     """None draws a fresh one for each reply."""
     temperature: float | None = None
@@ -104,8 +108,10 @@ class Settings:
         """The settings of `steer.toml` under the flags that were `typed` (None: not typed)."""
         file = find_file()
         given = _read(file) if file else {}
+        given |= _split_saes(given.pop("sae", None))
+        typed |= _split_saes(typed.pop("sae", None))
         typed = {name: value for name, value in typed.items() if value is not None}
-        left = {"model": ("sae", "labels", "chat_format"), "sae": ("labels",)}
+        left = {"model": ("sae", "more_saes", "labels", "chat_format"), "sae": ("labels", "more_saes")}
         for name in (behind for one in typed for behind in left.get(one, ())):
             given.pop(name, None)
         return cls(**{**given, **typed}, file=file)
@@ -133,6 +139,11 @@ def sessions_folder() -> Path:
     return data_folder() / "sessions"
 
 
+def shipped_layer() -> Path:
+    """What the user measured for the index that ships, which is never written itself; it may not exist yet."""
+    return data_folder() / "demo-labels.db"
+
+
 def log_path() -> Path:
     return data_folder() / "steer.log"
 
@@ -156,19 +167,29 @@ def _read(file: Path) -> dict[str, Any]:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SteerError(f"`{file}` is no TOML: {sentence(error)}") from error
-    wanted = {name: kind for name, kind in get_type_hints(Settings).items() if name != "file"}
+    wanted = {name: kind for name, kind in get_type_hints(Settings).items() if name not in ("file", "more_saes")}
     for name in raw:
         if name not in wanted:
             near = difflib.get_close_matches(name, wanted, 1, 0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(wanted)}"
             raise SteerError(f"`{clean(name)}` in `{file}` is no setting", hint)
+    saes = raw.pop("sae", [])
     settings = {name: _typed(name, value, wanted[name], file) for name, value in raw.items()}
-    for name in ("model", "sae", "labels"):
+    each = [_typed("sae", one, wanted["sae"], file) for one in (saes if isinstance(saes, list) else [saes])]
+    if each:
+        settings["sae"] = [str(file.parent / Path(one).expanduser()) for one in each]
+    for name in ("model", "labels"):
         if name in settings:
             path = file.parent / Path(settings[name]).expanduser()
             if name != "model" or path.exists() or parse_hub_id(settings[name]) is None:
                 settings[name] = str(path)
     return settings
+
+
+def _split_saes(folders: str | list[str] | None) -> dict[str, Any]:
+    """The first folder and the others."""
+    each = [folders] if isinstance(folders, str) else folders or []
+    return {"sae": each[0], "more_saes": tuple(each[1:])} if each else {}
 
 
 def read_biases(pairs: Iterable[str]) -> tuple[tuple[int, float], ...] | None:

@@ -1,45 +1,63 @@
 """Edits and steering sets as a person writes them: values without tensors, frozen, equal when they say the same.
 
-    [KIND] LATENT [VALUE] [if on] [on PLACE]
+    [KIND] LATENT [VALUE] [if on] [when OTHER > X] [on PLACE] [for N tokens] [ramp N] [decay N] [at HOOK]
+    vector FILE VALUE [...]
 
-`21863 +1.1x` adds, `clamp 4410 0`, `scale 902 2`, `ablate 77`, `bias 5 3.0`, `clamp 4410 0 if on on generated`. What is
-printed parses back to the same edit. A strength keeps number and unit as typed; the engine resolves it when the set
-meets its SAE. The deltas these stand for are in `sae/intervene.py`.
+`21863 +1.1x` adds, `clamp 4410 0`, `ablate 77`, `vector kind.safetensors 30%`, `clamp 4410 0 when 902 > 2 on generated
+decay 20`. What is printed parses back to the same edit. A strength keeps number and unit as typed; the engine resolves
+it when the set meets its SAE. The deltas these stand for are in `sae/intervene.py`, where and when they act in
+`sae/gate.py`.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from steer.errors import SteerError
 from steer.events import clean
 
-Kind = Literal["add", "clamp", "scale", "ablate", "bias"]
-Place = Literal["all", "prompt", "generated"]
+Kind = Literal["add", "clamp", "scale", "ablate", "floor", "cap", "bias", "project", "vector"]
 Unit = Literal["raw", "max", "norm"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-PLACES: tuple[Place, ...] = get_args(Place)
+VALUELESS: tuple[Kind, ...] = ("ablate", "project")
+"""The kinds that take no value."""
+PLACES: dict[str, str] = {
+    "all": "every token but the first and the special ones",
+    "all+special": "every token, the first and the special ones too",
+    "prompt": "the tokens before the reply except the last",
+    "generated": "from the last prompt token, whose output picks the first new one, through the reply",
+    "assistant": "the reply and what the assistant said in earlier turns",
+    "last": "the last prompt token alone",
+}
+"""What each place means; a range is written `4..9`, both ends included, counted from 0."""
 FORMULAS: dict[Kind, str] = {
     "add": "v * d, whatever the latent does",
     "clamp": "(v - a) * d, so the latent contributes exactly v",
     "scale": "(s - 1) * a * d, so the latent contributes s times as much",
     "ablate": "-a * d, so the latent contributes nothing",
+    "floor": "(max(a, v) - a) * d, so the latent contributes at least v",
+    "cap": "(min(a, v) - a) * d, so the latent contributes at most v",
     "bias": "act(pre + v e_i) - act(pre), decoded: v is added before the activation: threshold, or race for k places",
+    "project": "-(x . d/|d|) * d/|d|, so nothing is left along d, even where the latent is off",
+    "vector": "v * d, where d is the direction in the file",
 }
-"""What each kind adds to the residual stream; d is the latent's decoder direction, a its activation."""
+"""What each kind adds to the residual stream x; d is the latent's decoder direction, a its activation."""
 
-GRAMMAR = "[KIND] LATENT [VALUE] [if on] [on prompt|generated|all]"
+GRAMMAR = "[KIND] LATENT [VALUE] [if on] [when OTHER > X] [on PLACE] [for N tokens] [ramp N] [decay N] [at HOOK]"
 _SUFFIX: dict[Unit, str] = {"raw": "", "max": "x", "norm": "%"}
-_NUMBER = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(x|%)?$")
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(x|%)?", re.ASCII)
+_LATENT = re.compile(r"[0-9]{1,18}")
+_RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
 def _mistake(text: str, why: str) -> SteerError:
     hint = f"write {GRAMMAR}, for example `21863 +1.1x` or `clamp 4410 0`"
-    return SteerError(f"`{clean(text)}` is no edit: {why}", hint)
+    return SteerError(f"`{clean(text)}` is no edit: {clean(why)}", hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +70,7 @@ class Strength:
     @classmethod
     def parse(cls, text: str) -> Strength:
         """The strength written as `13.6`, `1.1x` or `30%`; a `SteerError` when it is none of these or not finite."""
-        match = _NUMBER.match(text.strip())
+        match = _NUMBER.fullmatch(text.strip())
         if match is None or not math.isfinite(float(match[1])):
             raise SteerError(
                 f"`{clean(text)}` is no strength", "write `13.6` (raw), `1.1x` (of max) or `30%` (of the residual norm)"
@@ -66,63 +84,174 @@ class Strength:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
-    """One instruction: what is done to which latent, how strongly, where."""
+class Condition:
+    """Met once a latent has been above a strength, at a token that is read, since the edit was first in force."""
 
     latent: int
+    above: Strength
+
+    def __str__(self) -> str:
+        return f"when {self.latent} > {self.above}"
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One instruction: what is done to which latent, how strongly, where and when."""
+
+    latent: int | None
+    """None for `vector` only."""
     kind: Kind = "add"
     strength: Strength | None = None
-    """None for `ablate` only; a plain factor for `scale`."""
+    """None for `ablate` and `project` only; a plain factor for `scale`."""
     if_on: bool = False
     """`clamp` only where the latent is active."""
-    place: Place = "all"
+    place: str = "all"
+    """One of `PLACES`, or a range."""
     muted: bool = False
+    when: Condition | None = None
+    lasts: int | None = None
+    """Tokens after which it ends, counted as `ramp` and `decay` count: from the first at which it could act."""
+    ramp: int | None = None
+    """Tokens over which it grows to its full strength."""
+    decay: int | None = None
+    """Tokens in which it falls to half."""
+    hook: str = ""
+    """Where it acts; empty for the first SAE's hook."""
+    file: str = ""
+    """Of a `vector`: the file with its direction."""
 
     def __post_init__(self) -> None:
-        text = f"{self.kind} {self.latent}"
-        if self.latent < 0:
-            raise _mistake(text, "a latent is a number from 0")
-        if (self.strength is None) != (self.kind == "ablate"):
-            raise _mistake(text, "ablate takes no value" if self.kind == "ablate" else f"{self.kind} needs a value")
-        if self.kind == "scale" and self.strength is not None and self.strength.unit != "raw":
-            raise _mistake(f"{text} {self.strength}", "scale takes a plain factor")
-        if self.if_on and self.kind != "clamp":
-            raise _mistake(text, "`if on` goes with clamp")
+        text, unit = self._head(), self.strength.unit if self.strength else "raw"
+        for wrong, why in (
+            ((self.latent is None) != (self.kind == "vector"), "a latent is a number from 0"),
+            (self.latent is not None and self.latent < 0, "a latent is a number from 0"),
+            (
+                bool(self.file) != (self.kind == "vector"),
+                "the file is missing" if not self.file else "no file goes here",
+            ),
+            (self.strength is not None and self.kind in VALUELESS, f"{self.kind} takes no value"),
+            (self.strength is None and self.kind not in VALUELESS, f"{self.kind} needs a value"),
+            (self.kind == "scale" and unit != "raw", "scale takes a plain factor"),
+            (self.kind == "vector" and unit == "max", "a vector has no recorded max"),
+            (self.if_on and self.kind != "clamp", "`if on` goes with clamp"),
+            (self.place not in PLACES and span_of(self.place) is None, f"`{self.place}` is no place"),
+            (self.when is not None and self.when.above.unit == "norm", "a condition is raw or a share of max"),
+        ):
+            if wrong:
+                raise _mistake(text, why)
+        for name, count in (("for", self.lasts), ("ramp", self.ramp), ("decay", self.decay)):
+            if count is not None and not 1 <= count <= 10**9:
+                raise _mistake(f"{text} {name} {count}", f"{name} takes a whole number of tokens from 1")
 
     @classmethod
     def parse(cls, text: str) -> Edit:
         """The edit written in `text`; a `SteerError` that says what is wrong with it."""
-        words = text.split()
+        words = _words(text)
         kind: Kind = "add"
         if words and words[0].lower() in KINDS:
             kind = words.pop(0).lower()  # type: ignore[assignment]  # just found in KINDS
-        if not words or not re.fullmatch("[0-9]{1,18}", words[0]):
+        if kind == "project" and words[:1] == ["out"]:
+            words.pop(0)
+        latent, file = None, ""
+        if kind == "vector":
+            file = words.pop(0) if words else ""
+        elif words and _LATENT.fullmatch(words[0]):
+            latent = int(words.pop(0))
+        else:
             raise _mistake(text, f"`{words[0]}` is no latent" if words else "the latent is missing")
-        latent = int(words.pop(0))
-        strength = None
-        if words and words[0] not in ("if", "on"):
-            strength = Strength.parse(words.pop(0))
-        if_on = words[:2] == ["if", "on"]
-        words = words[2:] if if_on else words
-        place: Place = "all"
-        if len(words) >= 2 and words[0] == "on":
-            if words[1] not in PLACES:
-                raise _mistake(text, f"`{words[1]}` is no place")
-            place = words[1]
-            words = words[2:]
-        if words:
-            raise _mistake(text, f"`{' '.join(words)}` was not understood")
-        return cls(latent, kind, strength, if_on, place)
+        strength = Strength.parse(words.pop(0)) if words and words[0] not in _CLAUSES else None
+        clauses: dict[str, object] = {}
+        while words:
+            name, value, words = _clause(text, words)
+            if name in clauses:
+                raise _mistake(text, f"it says `{_SAID[name]}` twice")
+            clauses[name] = value
+        return cls(latent, kind, strength, file=file, **clauses)  # type: ignore[arg-type]  # by `_clause`
 
-    def __str__(self) -> str:
-        """The written form; a bare `LATENT VALUE` adds, and its value carries its sign."""
-        words = [str(self.latent)] if self.kind == "add" else [self.kind, str(self.latent)]
+    def _head(self) -> str:
+        subject = shlex.quote(self.file) if self.kind == "vector" else str(self.latent)
+        words = [subject] if self.kind == "add" else [self.kind, subject]
         if self.strength is not None:
             sign = "+" if self.kind == "add" and not str(self.strength).startswith("-") else ""
             words.append(f"{sign}{self.strength}")
-        words += ["if", "on"] if self.if_on else []
-        words += ["on", self.place] if self.place != "all" else []
         return " ".join(words)
+
+    def __str__(self) -> str:
+        """The written form; a bare `LATENT VALUE` adds, and its value carries its sign."""
+        return " ".join((self._head(), *self.clauses))
+
+    def retyped(self, text: str) -> Edit:
+        """What a person typed in its place: another strength, or a whole edit."""
+        if self.strength is None or len(text.split()) > 1:
+            return Edit.parse(text)
+        return replace(self, strength=Strength.parse(text))
+
+    @property
+    def clauses(self) -> tuple[str, ...]:
+        """Where and when it acts, as written; nothing for what is the default."""
+        return (
+            *(["if on"] if self.if_on else []),
+            *([str(self.when)] if self.when else []),
+            *([f"on {self.place}"] if self.place != "all" else []),
+            *([f"for {self.lasts} token{'s' if self.lasts > 1 else ''}"] if self.lasts else []),
+            *([f"ramp {self.ramp}"] if self.ramp else []),
+            *([f"decay {self.decay}"] if self.decay else []),
+            *([f"at {self.hook}"] if self.hook else []),
+        )
+
+
+_SAID = {
+    "if_on": "if on",
+    "when": "when",
+    "place": "on",
+    "lasts": "for",
+    "ramp": "ramp",
+    "decay": "decay",
+    "hook": "at",
+}
+_CLAUSES = frozenset(said.split()[0] for said in _SAID.values())
+
+
+def _words(text: str) -> list[str]:
+    """The words of an edit; `902>2` is three, and the file of a vector may be quoted as in a shell."""
+    words = text.split()
+    head = 1
+    if words[:1] and words[0].lower() == "vector":
+        try:
+            words, head = shlex.split(text), 2
+        except ValueError as error:
+            raise _mistake(text, "a quotation is not closed") from error
+    return words[:head] + [part for word in words[head:] for part in re.split("(>)", word) if part]
+
+
+def _clause(text: str, words: list[str]) -> tuple[str, object, list[str]]:
+    """The next clause as (field, value), and the words after it."""
+    match words:
+        case ["if", "on", *rest]:
+            return "if_on", True, rest
+        case ["when", other, ">", above, *rest]:
+            if not _LATENT.fullmatch(other):
+                raise _mistake(text, f"`{other}` is no latent")
+            return "when", Condition(int(other), Strength.parse(above)), rest
+        case ["when", *_]:
+            raise _mistake(text, "a condition reads `when OTHER > X`")
+        case ["on", place, *rest]:
+            return "place", place, rest
+        case ["at", hook, *rest]:
+            return "hook", hook, rest
+        case ["for" | "ramp" | "decay" as name, count, *rest]:
+            if not re.fullmatch("[0-9]{1,18}", count):
+                raise _mistake(text, f"{name} takes a whole number of tokens from 1")
+            if name == "for" and rest[:1] in (["tokens"], ["token"]):
+                rest = rest[1:]
+            return {"for": "lasts"}.get(name, name), int(count), rest
+    raise _mistake(text, f"`{' '.join(words)}` was not understood")
+
+
+def span_of(place: str) -> tuple[int, int] | None:
+    """First and last position of a range, None for what is none."""
+    match = _RANGE.fullmatch(place)
+    return (int(match[1]), int(match[2])) if match and int(match[1]) <= int(match[2]) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +264,18 @@ class SteeringSet:
     special_tokens: bool = False
     """Whether the first token and the chat format's special tokens are edited too."""
     bypass: bool = False
+    factor: float = 1.0
+    """Every delta is multiplied by this; the guard lowers it."""
 
     @property
     def live(self) -> tuple[Edit, ...]:
         """The edits that act: none while bypassed, the muted ones never."""
         return () if self.bypass else tuple(edit for edit in self.edits if not edit.muted)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """The latents of the first SAE that its edits name, each once."""
+        return tuple(dict.fromkeys(e.latent for e in self.edits if e.latent is not None and not e.hook))
 
     def add(self, edit: Edit) -> SteeringSet:
         return replace(self, edits=(*self.edits, edit))

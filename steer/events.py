@@ -62,6 +62,13 @@ class TokenEvent:
     """The likeliest tokens at its place, itself left out."""
     hits: tuple[LatentHit, ...] = ()
     """Every active latent, strongest first; empty where the SAE is not read (first token, special tokens)."""
+    kl: float | None = None
+    """KL divergence in nats of the distribution it was drawn from, from the unsteered model's on the same text; None
+    where that was not asked for."""
+    surprisal: float | None = None
+    """Minus the natural logarithm of its probability under the unsteered model."""
+    expected: float | None = None
+    """The surprisal that the unsteered model expects there: the entropy of its distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,15 @@ class EditReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """The set under which tokens were read from a position on."""
+
+    first: int
+    edits: tuple[str, ...]
+    """Its live edits as written; none while the set is empty or bypassed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The engine's word on a reply. The interface says "steered" from this alone."""
 
@@ -97,6 +113,8 @@ class Report:
     first: int | None = None
     """First and last position at which an edit acted."""
     last: int | None = None
+    carried: tuple[Carried, ...] = ()
+    """Which positions carried which set: each from its first on, up to the next one's."""
 
     @property
     def steered(self) -> bool:

@@ -13,24 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from llama_3.cache import KVCache
-from llama_3.generate import ReplyText, Step, rerun, stream_steps
-from llama_3.hooks import HookPoint, Hooks
+from llama_3.generate import ReplyText, Step, stream_steps
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling as TokenSampling
 from llama_3.tokenizer import StreamDecoder, Tokenizer
-from sae.intervene import NO_EDITS, CompiledEdit, CompiledSet, Record, Steerer, Tally, Trace
-from sae.model import SAE
+from sae.gate import Ranges
+from sae.intervene import Tally
 from steer.edits import SteeringSet
-from steer.events import Alternative, EditReport, Event, Finished, LatentHit, PromptRead, Report, TokenEvent
-from steer.resolve import Resolver
-
-Hits = tuple[LatentHit, ...]
-
-WIDE = 256
-"""Slots from which on it pays to look how many of them are active before they become Python numbers."""
+from steer.events import Alternative, Carried, EditReport, Event, Finished, PromptRead, Report, TokenEvent
+from steer.held import Held
+from steer.steerers import Hits, Steerers
 
 
 @dataclass(slots=True)
@@ -41,6 +34,8 @@ class Row:
     dropped: int
     """Messages that were left out of the prompt."""
     text: ReplyText
+    said: Ranges = ()
+    """Positions of what the assistant said in earlier turns."""
     hits: list[Hits] = field(default_factory=list)
     """Those of the prompt's tokens read so far."""
     pending: Step | None = None
@@ -55,108 +50,89 @@ class Row:
     ran: bool = False
     """Whether the set has run since the last step."""
     done: bool = False
-    sets: list[SteeringSet] = field(default_factory=list)
-    """Every set that was in force, for the report's wording."""
+    sets: list[tuple[int, SteeringSet]] = field(default_factory=list)
+    """Every set that was in force, with the first position that was read under it."""
 
-
-@dataclass(slots=True)
-class Held:
-    """What the model has read of a chat. Lists have one entry for each position that the cache holds."""
-
-    cache: KVCache
-    tokens: list[int] = field(default_factory=list)
-    sets: list[CompiledSet] = field(default_factory=list)
-    """What of the set in force could act there."""
-    hits: list[Hits] = field(default_factory=list)
-    traces: dict[CompiledEdit, list[Trace]] = field(default_factory=dict)
-
-    def cut(self, length: int) -> None:
-        """Forget what stands from position `length` on."""
-        self.cache.truncate(length)
-        del self.tokens[length:], self.sets[length:], self.hits[length:]
-
-    def forget_traces(self, start: int) -> None:
-        """Drop what edits did from position `start` on."""
-        for edit, traces in self.traces.items():
-            trace_5P = torch.cat(traces, 1)
-            self.traces[edit] = [trace_5P[:, trace_5P[0] < start]]
+    @property
+    def reads(self) -> int:
+        """The position that the next pass reads, or 0 before the prompt is read."""
+        made = self.length + (self.pending is not None)
+        return len(self.prompt) + made - 1 if made else 0
 
 
 @dataclass(slots=True)
 class Replies:
-    """Writes a batch of replies with one model and, where there is one, one SAE."""
+    """Writes a batch of replies with one model and the steerers at its hook points."""
 
     model: Transformer
     tokenizer: Tokenizer
-    sae: SAE | None
-    hook: HookPoint | None
-    resolver: Resolver
+    steerers: Steerers
     stop_ids: frozenset[int]
     rows: list[Row]
     sets: Callable[[], list[SteeringSet]]
-    """The set of each row, asked for before every forward pass."""
-    recording: bool
+    """The set of each row, asked for before the prompts are read and then before every token."""
     alternatives: int = 5
+    watched: Sequence[int] = ()
+    """The rows that are measured against the unsteered model on the same text."""
     held: Held | None = None
     """What is known of the only row's tokens; brought up to date and added to."""
-    _steerer: Steerer | None = None
-    _hooks: Hooks = field(default_factory=Hooks)
-    _compiled: dict[SteeringSet, CompiledSet] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.sae is not None and self.hook is not None:
-            self._steerer = Steerer(self.sae, self.tokenizer.special_ids, recording=self.recording)
-            self._hooks.add(self.hook, self._steerer)
+    places: int | None = None
+    """At most so many rows are written at a time; each then reads its prompt by itself."""
 
     def write(
         self,
         sampling: Sequence[TokenSampling],
         seeds: Sequence[int],
-        max_tokens: int,
+        limits: Sequence[int],
         stop: threading.Event,
     ) -> Iterator[Event]:
-        """The events of all rows, as they come."""
+        """The events of all rows, as they come; `limits` are the most tokens of each."""
         started = time.perf_counter()
-        self._take_up(stop)
-        reading = self.recording and self._steerer is not None
+        self._set_up()
+        cache = self._start(max(limits), stop)
+        reading = self.steerers.recording
+        every = [*range(len(self.rows)), *self.watched]
         passes = stream_steps(
             self.model,
-            [row.prompt for row in self.rows],
-            sampling=sampling,
-            seeds=seeds,
-            max_tokens=max_tokens,
+            [self.rows[number].prompt for number in every],
+            sampling=[sampling[number] for number in every],
+            seeds=[seeds[number] for number in every],
+            max_tokens=[limits[number] for number in every],
             stop_ids=self.stop_ids,
-            texts=[row.text for row in self.rows],
-            hooks=self._hooks,
-            cache=self.held.cache if self.held else None,
+            places=self.places,
+            texts=[*(row.text for row in self.rows), *[None] * len(self.watched)],
+            shadows={len(self.rows) + place: number for place, number in enumerate(self.watched)},
+            hooks=self.steerers.hooks,
+            cache=cache,
             stop=stop,
             alternatives=self.alternatives,
             read_last=reading,
         )
         read = False
         while True:
-            self._set_up()
+            if read:
+                self._set_up()
             live = [number for number, row in enumerate(self.rows) if not row.done]
-            writing = [number for number in live if self.rows[number].finish != "length"]
             steps = next(passes, None)
             if steps is None:
                 break
-            record = self._hits_by_row()
+            record = self.steerers.hits()
             self._note(record)
-            self._hold(record)
+            if self.held is not None:
+                [row], held = self.rows, self.held
+                fed = [row.unread] if read else row.prompt[len(held.tokens) :]
+                held.add(0, fed, self.steerers, len(row.prompt), record.get(0, ()))
             if not steps and not read:  # a first part of the prompts
                 continue
-            for number in writing:
-                row = self.rows[number]
+            read = True
+            for step in steps:
+                row = self.rows[step.row]
                 row.steps, row.applied, row.ran = row.steps + 1, row.applied + row.ran, False
-            if not read:
-                read = True
-                for number, row in enumerate(self.rows):
-                    yield self._prompt_read(number, row)
-            else:
-                for number, row_hits in record.items():
-                    if self.rows[number].pending is not None:
-                        yield self._token_event(number, row_hits[-1])
+                if row.steps == 1:
+                    yield self._prompt_read(step.row, row)
+            for number, row_hits in record.items():
+                if number < len(self.rows) and self.rows[number].pending is not None:
+                    yield self._token_event(number, row_hits[-1])
             for step in steps:
                 row = self.rows[step.row]
                 row.unread = step.token
@@ -189,80 +165,44 @@ class Replies:
         """Take the sets for the next pass."""
         sets = self.sets()
         for row, one in zip(self.rows, sets, strict=True):
-            if not row.done and (not row.sets or row.sets[-1] is not one):
-                row.sets.append(one)
-        if self._steerer is not None:
-            # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
-            for one in sets:
-                if one not in self._compiled:
-                    self._compiled[one] = self.resolver.compile(one)
-            self._steerer.sets = {
-                number: self._compiled[one] for number, one in enumerate(sets) if self.rows[number].finish != "length"
-            }
+            if not row.done and row.finish != "length" and (not row.sets or row.sets[-1][1] != one):
+                row.sets.append((row.reads, one))
+        # A row cut by length is read once more only to be looked at: that pass is no part of its reply.
+        self.steerers.take({number: one for number, one in enumerate(sets) if self.rows[number].finish != "length"})
 
-    def _at(self, position: int) -> CompiledSet:
-        """What acts at a position of the only row in this pass."""
-        compiled = self._steerer.sets.get(0, NO_EDITS) if self._steerer else NO_EDITS
-        return compiled.at(position >= len(self.rows[0].prompt) - 1)
-
-    def _take_up(self, stop: threading.Event) -> None:
-        """Bring what is held up to date with the prompt and the set: the layers above the hook are run again where the
-        set would now act otherwise."""
-        if self.held is None:
-            return
-        [row], held = self.rows, self.held
-        self._set_up()
-        pairs = zip(row.prompt[:-1], held.tokens[: held.cache.lengths[0]], strict=False)
-        shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        if shared is None:
-            shared = min(len(row.prompt) - 1, len(held.tokens), held.cache.lengths[0])
-        held.cut(shared)
-        fresh = next((p for p in range(shared) if held.sets[p] != self._at(p)), shared)
-        held.forget_traces(fresh)
-        tokens = list(held.tokens)
-        if self._steerer is not None:
-            self._steerer.recording = False  # what is below the hook has not changed, so the hits have not
-        for _ in rerun(self.model, held.cache, tokens, fresh, prompt_length=len(row.prompt), hooks=self._hooks):
-            end = held.cache.lengths[0]
-            held.sets[fresh:end] = [self._at(p) for p in range(fresh, end)]
-            fresh = end
+    def _start(self, max_tokens: int, stop: threading.Event) -> KVCache | None:
+        """The cache that the replies are written to, with what it is worth to have read before; None: nothing."""
+        prompt, rows = self.rows[0].prompt, len(self.rows) + len(self.watched)
+        held = self.held
+        if held is not None:
+            held.take_up(self.model, self.steerers, prompt, stop)
             self._note({})
-            if stop.is_set():
-                break
-        if self._steerer is not None:
-            self._steerer.recording = self.recording
-        held.cut(fresh)
-        row.hits = list(held.hits)
+            self.rows[0].hits = list(held.hits)
+        if rows == 1 or self.places or len(prompt) < 2 or any(row.prompt != prompt for row in self.rows):
+            return held.cache if held is not None else None
+        if held is None:
+            held = Held.empty(self.model, min(self.model.config.max_context, len(prompt) + max_tokens), self.steerers)
+        held.read(self.model, self.steerers, prompt, stop)
+        self.rows[0].hits = list(held.hits)
+        copies = []
+        for number in range(1, rows):
+            copy = held.copy(self.model, self.steerers, prompt, number, stop)
+            copies.append(copy.cache)
+            if number < len(self.rows):
+                self.rows[number].hits = copy.hits
+        self._note({})
+        held.cache = KVCache.join([held.cache, *copies])
+        return held.cache
 
     def _note(self, record: dict[int, list[Hits]]) -> None:
         """Take down what the last pass did: hits of prompts, whether the set ran, and what of it is held."""
+        ran = self.steerers.ran()
         for number, row in enumerate(self.rows):
-            if self._steerer is not None and self._steerer.applied.pop(number, 0):
-                row.ran = True
+            row.ran |= number in ran
             if len(row.hits) < len(row.prompt):
                 row.hits += record.get(number, [])
-        if self.held is not None and self._steerer is not None:
-            for (_, edit), traces in self._steerer.traces.items():
-                self.held.traces.setdefault(edit, []).extend(traces)
-            self._steerer.traces.clear()
-
-    def _hold(self, record: dict[int, list[Hits]]) -> None:
-        """Add the tokens that the last pass read to those held."""
-        if self.held is None:
-            return
-        [row], held = self.rows, self.held
-        begin, end = len(held.tokens), held.cache.lengths[0]
-        held.tokens += row.prompt[begin:end] if begin < len(row.prompt) else [row.unread]
-        held.sets += [self._at(p) for p in range(begin, end)]
-        held.hits += record.get(0, [()] * (end - begin))
-
-    def _hits_by_row(self) -> dict[int, list[Hits]]:
-        """The hits of the last forward pass: row -> one tuple per token it read (padding left out)."""
-        if self._steerer is None or not self._steerer.records:
-            return {}
-        record = self._steerer.records.pop()
-        self._steerer.records.clear()
-        return hits_by_row(record)
+        if self.held is not None:
+            self.held.take_traces(self.steerers)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +222,8 @@ class Replies:
             for a in step.alternatives
             if a.token != step.token
         )
-        return TokenEvent(number, index, step.token, step.text, special, step.logprob, step.entropy, others, hits)
+        facts = step.logprob, step.entropy, others, hits, step.kl, step.surprisal, step.expected
+        return TokenEvent(number, index, step.token, step.text, special, *facts)
 
     def _finished(self, number: int, seed: int, started: float) -> Finished:
         row, seconds = self.rows[number], time.perf_counter() - started
@@ -291,11 +232,12 @@ class Replies:
         return Finished(number, row.finish, seed, self._report(number, row), speed, text)
 
     def _report(self, number: int, row: Row) -> Report:
-        if self._steerer is None:
+        if not self.steerers.points:
             return Report(row.steps)
         edits, spans = [], []
-        for compiled, text in {self.resolver.edit(edit): str(edit) for one in row.sets for edit in one.live}.items():
-            traces = self.held.traces.get(compiled) if self.held else self._steerer.traces.get((number, compiled))
+        named = {self.steerers.resolver.edit(edit): str(edit) for _, one in row.sets for edit in one.live}
+        for of, text in named.items():
+            traces = self.held.traces.get(of) if self.held else self.steerers.traces(number, of)
             if traces is None:  # it was never in force while a token was read
                 continue
             tally = Tally.of(traces)
@@ -303,7 +245,8 @@ class Replies:
             if tally.first is not None and tally.last is not None:
                 spans.append((tally.first, tally.last))
         first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (None, None)
-        return Report(row.steps, row.applied, tuple(edits), first, last)
+        carried = tuple(Carried(at, tuple(map(str, one.live))) for at, one in row.sets)
+        return Report(row.steps, row.applied, tuple(edits), first, last, carried)
 
 
 def prompt_events(
@@ -316,25 +259,3 @@ def prompt_events(
         text = tokenizer.token_text(token) if special else decoder.push(token)
         events.append(TokenEvent(number, index, token, text, special, hits=hits[index] if index < len(hits) else ()))
     return tuple(events)
-
-
-def hits_by_row(record: Record) -> dict[int, list[Hits]]:
-    """Row -> per token it read (padding left out) the active latents, strongest first; one copy from the device."""
-    values_BTK, order = record.latents.values.float().sort(-1, descending=True)
-    indices_BTK = record.latents.indices.gather(-1, order)
-    flags_BT2 = torch.stack([record.positions_BT >= 0, record.readable_BT], -1)
-    table = torch.cat([flags_BT2, indices_BTK, values_BTK], -1).cpu()  # a float32 holds every index up to 2^24
-    k = most = indices_BTK.shape[-1]
-    if k > WIDE:  # some SAEs light thousands of latents on the first token, which is not read
-        most = int(((table[..., 2 + k :] > 0) & (table[..., 1:2] > 0)).sum(-1).max())
-        table = torch.cat([table[..., : 2 + most], table[..., 2 + k : 2 + k + most]], -1)
-    return {
-        row: [
-            tuple(LatentHit(int(i), v) for i, v in zip(cells[:most], cells[most:], strict=True) if v > 0)
-            if reads
-            else ()
-            for real, reads, *cells in tokens
-            if real
-        ]
-        for row, tokens in zip(record.rows, table.tolist(), strict=True)
-    }

@@ -6,103 +6,191 @@ So is an SAE that cannot belong to the model, and an index that cannot belong to
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from labels.index import LabelIndex
 from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
-from sae.intervene import CompiledEdit, CompiledSet
+from sae.compiled import CompiledEdit, CompiledSet, Place
 from sae.model import SAE
-from steer.edits import Edit, SteeringSet
-from steer.errors import SteerError
+from steer.edits import Edit, SteeringSet, Strength, span_of
+from steer.errors import EXPLAINED, SteerError
 from steer.session import Readout
+from steer.vectors import load_vector
+
+Compiled = Mapping[HookPoint, CompiledSet]
+"""What acts at each hook point; a point where nothing does is not in it."""
+PLACES: dict[str, Place] = {
+    "all": "all",
+    "all+special": "all",
+    "prompt": "prompt",
+    "generated": "generated",
+    "assistant": "assistant",
+    "last": "last",
+}
 
 LARGEST = 3.4e38
 """The largest raw strength: about that of float32, in which edits are computed."""
 
 
 class Resolver:
-    """Resolves edits against one SAE, or refuses them all where there is none."""
+    """Resolves edits against the SAEs of one model by their hook points, the first being the one meant by default."""
 
-    def __init__(self, sae: SAE | None) -> None:
-        self._sae = sae
+    def __init__(
+        self, config: ModelConfig, saes: Mapping[HookPoint, SAE], doubts: Mapping[HookPoint, str] | None = None
+    ) -> None:
+        """`doubts` says of SAEs why they cannot be the right ones; nothing is steered with those."""
+        self._config, self._saes, self._doubts = config, dict(saes), dict(doubts or {})
+        self._first = next(iter(self._saes), None)
 
-    def compile(self, steering: SteeringSet) -> CompiledSet:
-        """The live edits with raw strengths; a `SteerError` for one that cannot run here."""
+    def compile(self, steering: SteeringSet) -> Compiled:
+        """By hook point, the live edits with raw strengths; a `SteerError` for one that cannot run here."""
+        by_hook: dict[HookPoint, list[CompiledEdit]] = {}
         for edit in steering.live:
             self.check(edit)
+            hook, compiled = self.edit(edit)
+            by_hook.setdefault(hook, []).append(compiled)
         drop = steering.error == "drop" and not steering.bypass
-        return CompiledSet(tuple(self.edit(edit) for edit in steering.live), drop, steering.special_tokens)
+        if drop and self._first is not None:
+            by_hook.setdefault(self._first, [])
+        return {
+            hook: CompiledSet(tuple(edits), drop and hook in self._saes, steering.special_tokens, steering.factor)
+            for hook, edits in by_hook.items()
+        }
 
-    def edit(self, edit: Edit) -> CompiledEdit:
-        """One edit, already checked, as the steerer takes it."""
-        return CompiledEdit(edit.kind, edit.latent, self._raw(edit), edit.if_on, edit.place)
+    def edit(self, edit: Edit) -> tuple[HookPoint, CompiledEdit]:
+        """One edit, already checked, as the steerer at its hook point takes it."""
+        hook, span = self._hook(edit), span_of(edit.place) or (0, 0)
+        direction_D, source = None, ""
+        if edit.kind == "vector":
+            direction_D, source = load_vector(edit.file, hook, self._config)
+        return hook, CompiledEdit(
+            edit.kind,
+            -1 if edit.latent is None else edit.latent,
+            self._raw(edit),
+            edit.if_on,
+            PLACES.get(edit.place, "range"),
+            edit.place == "all+special",
+            *span,
+            other=edit.when.latent if edit.when else None,
+            above=self._in_units(edit.when.above, edit.when.latent, hook) if edit.when else 0.0,
+            lasts=edit.lasts,
+            ramp=edit.ramp,
+            decay=edit.decay,
+            source=source,
+            direction_D=direction_D,
+        )
 
     def check(self, edit: Edit) -> None:
-        """`SteerError` when the edit cannot run here: no SAE, a latent out of range, a unit without its reference."""
-        if self._sae is None:
-            raise SteerError(f"`{edit}` needs an SAE, and none is loaded", "pass `--sae FOLDER`")
-        self.check_latent(edit.latent)
+        """`SteerError` when the edit cannot run here: no SAE at its hook point, a latent out of range, a unit without
+        its reference, a file that is no vector of the model's width."""
+        hook = self._hook(edit)
+        if hook not in self._saes and (edit.kind != "vector" or edit.when is not None):
+            raise SteerError(f"`{edit}` needs an SAE at {hook}, and none is loaded there", self._loaded())
+        if hook in self._doubts and (edit.kind != "vector" or edit.when is not None):
+            raise SteerError(
+                f"nothing is steered with a wrong SAE: {self._doubts[hook]}",
+                "`steer doctor` with the same --model and --sae says what is wrong; `--trust-sae` steers all the same",
+            )
+        for latent in (edit.latent, edit.when.latent if edit.when else None):
+            if latent is not None:
+                self.check_latent(latent, hook)
+        if edit.when:
+            self._in_units(edit.when.above, edit.when.latent, hook)
+        if edit.kind == "vector":
+            load_vector(edit.file, hook, self._config)
         self._raw(edit)
 
-    def check_latent(self, latent: int) -> None:
-        """`SteerError` when the SAE has no such latent."""
-        if self._sae is not None and not 0 <= latent < self._sae.config.d_sae:
-            raise SteerError(f"there is no latent {latent}: this SAE has {self._sae.config.d_sae}, from 0")
+    def check_latent(self, latent: int, hook: HookPoint | None = None) -> None:
+        """`SteerError` when the SAE at a hook point, by default the first one, has no such latent."""
+        sae = self._sae(hook)
+        if sae is not None and not 0 <= latent < sae.config.d_sae:
+            raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
 
-    def maximum(self, latent: int) -> float | None:
+    def maximum(self, latent: int, hook: HookPoint | None = None) -> float | None:
         """The latent's recorded max, or None without statistics."""
-        stats = self._sae.stats if self._sae else None
-        return float(stats.max_F[latent]) if stats else None
+        sae = self._sae(hook)
+        return float(sae.stats.max_F[latent]) if sae is not None and sae.stats else None
 
     def readout(self, edit: Edit) -> Readout | None:
-        """The edit's strength in all units; None for `ablate`, `scale`, and where it cannot run."""
-        if self._sae is None or edit.strength is None or edit.kind == "scale":
+        """The edit's strength in all units; None for what has none, for `scale`, and where it cannot run."""
+        if edit.strength is None or edit.kind == "scale":
             return None
         try:
             self.check(edit)
-        except SteerError:
+        except EXPLAINED:
             return None
-        raw, maximum, stats = self._raw(edit), self.maximum(edit.latent), self._sae.stats
-        of_norm = 100 * raw * self._norm(edit.latent) / stats.resid_norm if stats and stats.resid_norm else None
+        hook = self._hook(edit)
+        raw, sae = self._raw(edit), self._sae(hook)
+        maximum = self.maximum(edit.latent, hook) if edit.latent is not None else None
+        resid_norm = sae.stats.resid_norm if sae is not None and sae.stats else 0.0
+        of_norm = 100 * raw * self._norm(edit, hook) / resid_norm if resid_norm else None
         return Readout(raw, raw / maximum if maximum else None, of_norm)
 
+    def _sae(self, hook: HookPoint | None) -> SAE | None:
+        hook = hook or self._first
+        return self._saes.get(hook) if hook is not None else None
+
+    def _hook(self, edit: Edit) -> HookPoint:
+        if edit.hook:
+            hook = HookPoint.parse(edit.hook)
+            if hook.layer >= self._config.n_layers:
+                raise SteerError(f"`{edit}` acts in block {hook.layer}: the model has {self._config.n_layers}, from 0")
+            return hook
+        if self._first is None:
+            if edit.kind == "vector":
+                raise SteerError(f"`{edit}` does not say where", "add the hook point: `at blocks.5.hook_resid_post`")
+            raise SteerError(f"`{edit}` needs an SAE, and none is loaded", self._loaded())
+        return self._first
+
+    def _loaded(self) -> str:
+        loaded = ", ".join(str(hook) for hook in self._saes)
+        return f"loaded: {loaded}; `--sae FOLDER` may be given several times" if loaded else "pass `--sae FOLDER`"
+
     def _raw(self, edit: Edit) -> float:
-        raw = self._in_units(edit)
+        if edit.strength is None:
+            return 0.0
+        hook, strength = self._hook(edit), edit.strength
+        raw = self._of_norm(edit, hook) if strength.unit == "norm" else self._in_units(strength, edit.latent, hook)
         if not abs(raw) <= LARGEST:
             raise SteerError(f"the strength of `{edit}` is more than a 32-bit number holds", "write a smaller one")
         return raw
 
-    def _in_units(self, edit: Edit) -> float:
-        if edit.strength is None or self._sae is None:
-            return 0.0
-        number, stats = edit.strength.number, self._sae.stats
-        if edit.strength.unit == "raw":
-            return number
-        if edit.strength.unit == "max":
-            maximum = self.maximum(edit.latent)
-            if not maximum:
-                raise SteerError(
-                    f"latent {edit.latent} has no recorded max, so `{edit.strength}` means nothing",
-                    "write a raw strength (`13.6`) or a share of the residual norm (`30%`)",
-                )
-            return number * maximum
-        if stats is None or not stats.resid_norm:
+    def _in_units(self, strength: Strength, latent: int | None, hook: HookPoint) -> float:
+        """A raw strength, or one in units of a latent's max."""
+        if strength.unit == "raw":
+            return strength.number
+        maximum = self.maximum(latent, hook) if latent is not None else None
+        if not maximum:
             raise SteerError(
-                f"this SAE has no residual norm, so `{edit.strength}` means nothing", "write a raw strength (`13.6`)"
+                f"latent {latent} has no recorded max, so `{strength}` means nothing",
+                "write a raw strength (`13.6`) or a share of the residual norm (`30%`)",
             )
-        if not (norm := self._norm(edit.latent)):
-            raise SteerError(
-                f"the decoder direction of latent {edit.latent} is zero, so `{edit.strength}` means nothing",
-                "choose another latent: this one adds nothing at any strength",
-            )
-        return number / 100 * stats.resid_norm / norm
+        return strength.number * maximum
 
-    def _norm(self, latent: int) -> float:
-        """Norm of what a unit of the latent adds to a residual of the median norm."""
-        assert self._sae is not None
-        stats = self._sae.stats
-        return float(self._sae.decoder_direction(latent).norm()) * self._sae.scale_at(stats.resid_norm if stats else 1)
+    def _of_norm(self, edit: Edit, hook: HookPoint) -> float:
+        sae = self._sae(hook)
+        assert edit.strength is not None
+        if sae is None or sae.stats is None or not sae.stats.resid_norm:
+            what = "this SAE has no residual norm" if sae is not None else f"no residual norm is known at {hook}"
+            raise SteerError(f"{what}, so `{edit.strength}` means nothing", "write a raw strength (`13.6`)")
+        if not (norm := self._norm(edit, hook)):
+            of = f"decoder direction of latent {edit.latent}" if edit.latent is not None else f"vector in {edit.file}"
+            raise SteerError(
+                f"the {of} is zero, so `{edit.strength}` means nothing",
+                "choose another: this one adds nothing at any strength",
+            )
+        return edit.strength.number / 100 * sae.stats.resid_norm / norm
+
+    def _norm(self, edit: Edit, hook: HookPoint) -> float:
+        """Norm of what a unit of the edit adds to a residual of the median norm."""
+        if edit.kind == "vector":
+            return float(load_vector(edit.file, hook, self._config)[0].norm())
+        sae = self._sae(hook)
+        assert sae is not None and edit.latent is not None
+        resid_norm = sae.stats.resid_norm if sae.stats else 1.0
+        return float(sae.decoder_direction(edit.latent).norm()) * sae.scale_at(resid_norm)
 
 
 def hook_of(sae: SAE) -> HookPoint:
@@ -113,6 +201,16 @@ def hook_of(sae: SAE) -> HookPoint:
             "pass one that was trained on what `steer capture` wrote",
         )
     return HookPoint.parse(sae.config.hook)
+
+
+def by_hook(saes: Sequence[SAE]) -> dict[HookPoint, SAE]:
+    """SAEs by where they stand, in their order; a `SteerError` for two at one hook point."""
+    found: dict[HookPoint, SAE] = {}
+    for sae in saes:
+        if (hook := hook_of(sae)) in found:
+            raise SteerError(f"two SAEs stand at {hook}", "load one of them")
+        found[hook] = sae
+    return found
 
 
 def check_labels(folder: Path, index: LabelIndex) -> None:

@@ -18,14 +18,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from steer.edits import Edit, SteeringSet
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
+from steer.guard import Guard
 
 Role = Literal["system", "user", "assistant"]
+GuardMode = Literal["off", "watch", "back-off"]
+"""Whether replies are measured against the unsteered model, and weakened where they go too far from it."""
 Mode = Literal["chat", "completion"]
 MAX_SEED = 2**31 - 1
 REPLY_TOKENS = 400
@@ -97,11 +100,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
-            (
-                "temperature",
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                "a number from 0",
-            ),
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number from 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
             ("top_k", self.top_k >= 0, "a whole number from 0 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
@@ -149,6 +148,11 @@ class FeatureCard:
     suppresses: tuple[tuple[str, float], ...] = ()
     examples: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
     """Each: kind (top, middle, random), token texts, activations."""
+    sweet: float | None = None
+    """As `steer calibrate` found them: the strength at which it steers best and the one at which text falls apart, both
+    times its max, and the effect at the first."""
+    cliff: float | None = None
+    steerability: float | None = None
 
 
 class EngineLike(Protocol):
@@ -173,10 +177,12 @@ class EngineLike(Protocol):
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         """The events of a batch of replies. A callable is asked for the set before every token; a sequence gives each
-        row its own. A reply ends before the first of `stop_strings`. With `reuse` (of one row) tokens that the last
+        row its own. The tokens of the rows in `watch` say how the unsteered model would have taken them. A reply ends
+        before the first of `stop_strings`. With `reuse` (of one row) tokens that the last
         such reply read already are not read again. Raises `SteerError` before the first event for what a user got
         wrong."""
 
@@ -207,6 +213,8 @@ class Reply:
     events: list[TokenEvent] = field(default_factory=list)
     finished: Finished | None = None
     failed: Failed | None = None
+    guard: Guard | None = None
+    """What watched it; None where nothing did."""
 
     @property
     def unread(self) -> bool:
@@ -261,6 +269,7 @@ class Session:
         self.pace = pace
         """At most this many tokens a second; 0 is as fast as they come."""
         self.mode: Mode = mode
+        self.guard: GuardMode = "off"
         self.name: str | None = None
         """What the store calls it; None before it is first saved."""
         self.turns: list[Turn] = []
@@ -348,7 +357,7 @@ class Session:
             self._fallback = None
             prompt = self._prompt()
             seed = random.SystemRandom().randint(0, MAX_SEED) if self.seed is None else self.seed
-            reply = Reply(seed, self.steering)
+            reply = Reply(seed, self.steering, guard=None if self.guard == "off" else Guard(self.guard == "back-off"))
             turn = Turn("assistant", "", reply)
             self.turns.append(turn)
             try:
@@ -374,12 +383,15 @@ class Session:
                 seeds=[reply.seed],
                 max_tokens=self.max_tokens,
                 stop=stop,
+                watch=() if reply.guard is None else (0,),
                 reuse=True,
             )
             for event in events:
                 match event:
                     case TokenEvent():
                         reply.events.append(event)
+                        if reply.guard is not None:
+                            reply.guard.see(event)
                         turn.content += "" if event.special else event.text
                     case PromptRead():
                         reply.prompt = event
@@ -408,6 +420,8 @@ class Session:
         A token's event leaves the engine with the pass that reads it, which has picked the next token already.
         """
         steering = self.steering
+        if reply.guard is not None and reply.guard.factor < 1:
+            steering = replace(steering, factor=steering.factor * reply.guard.factor)
         if not reply.timeline or reply.timeline[-1][1] != steering:
             later = reply.timeline and reply.prompt
             reply.timeline.append((len(reply.events) + 1 if later else 0, steering))

@@ -24,6 +24,7 @@ from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import (
     Alternative,
+    Carried,
     EditReport,
     Failed,
     Finished,
@@ -195,6 +196,7 @@ def _steering_out(steering: SteeringSet) -> Json:
         "error": steering.error,
         "special_tokens": steering.special_tokens,
         "bypass": steering.bypass,
+        "factor": steering.factor,
     }
 
 
@@ -242,7 +244,10 @@ def _one_of(value: object, allowed: Sequence[Any]) -> Any:
 def _steering(data: Json) -> SteeringSet:
     edits = tuple(replace(Edit.parse(entry["edit"]), muted=bool(entry["muted"])) for entry in data["edits"])
     error = _one_of(data["error"], ("keep", "drop"))
-    return SteeringSet(edits, error, bool(data["special_tokens"]), bool(data["bypass"]))
+    factor = float(data.get("factor", 1.0))
+    if not 0 <= factor <= 1:
+        raise ValueError(f"factor {factor}")
+    return SteeringSet(edits, error, bool(data["special_tokens"]), bool(data["bypass"]), factor)
 
 
 def _no_number(name: str) -> float:
@@ -312,11 +317,12 @@ def _finished(data: Json) -> Finished:
         for edit in report["edits"]
     )
     first, last = (None if report[end] is None else int(report[end]) for end in ("first", "last"))
+    carried = tuple(Carried(int(one["first"]), tuple(map(str, one["edits"]))) for one in report.get("carried", ()))
     return Finished(
         0,
         _one_of(data["finish"], ("stop", "length", "cancelled")),
         int(data["seed"]),
-        Report(int(report["steps"]), int(report["applied"]), edits, first, last),
+        Report(int(report["steps"]), int(report["applied"]), edits, first, last, carried),
         float(data["tokens_per_second"] or 0),
         str(data["text"]),
     )

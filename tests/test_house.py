@@ -37,7 +37,9 @@ def imported(module: str) -> set[str]:
     return set(ran.stdout.split())
 
 
-PLAIN = ("session", "edits", "events", "errors", "store", "config", "commands")
+PLAIN = ("session", "edits", "events", "errors", "store", "config", "commands", "compare", "guard")
+PLAIN += ("recipe", "made_with", "batch", "requests")
+PLAIN += tuple(f"recipe_formats.{name}" for name in ("control_vector", "goodfire", "lm_eval", "neuronpedia"))
 SCREENS = sorted(f"steer.tui.{file.stem}" for file in (ROOT / "steer" / "tui").glob("*.py") if file.stem != "__init__")
 
 
@@ -82,5 +84,5 @@ def test_help_names_every_command() -> None:
         text=True,
     )
     assert ran.returncode == 0 and ran.stderr == ""
-    for name in ("chat", "complete", "inspect", "features", "capture", "train", "label", "doctor"):
+    for name in ("chat", "complete", "inspect", "why", "patch", "features", "capture", "train", "label", "doctor"):
         assert re.search(rf"^  {name} ", ran.stdout, re.MULTILINE), name

@@ -19,13 +19,34 @@ from contextlib import redirect_stderr, redirect_stdout
 import typer
 
 from llama_3.ranks import is_main, world
-from steer.cli import capture, chat, complete, doctor, evaluate, features, inspect, label, preprocess, split, train
+from steer.cli import (
+    batch,
+    calibrate,
+    capture,
+    chat,
+    complete,
+    controls,
+    doctor,
+    evaluate,
+    features,
+    inspect,
+    label,
+    patch,
+    preprocess,
+    recipe,
+    split,
+    train,
+    why,
+)
 from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
 __all__ = ["app", "main"]
 
-COMMANDS = (chat, complete, inspect, features, split, capture, preprocess, train, evaluate, label, doctor)
+COMMANDS = (
+    chat, complete, batch, inspect, why, patch, features, calibrate, controls, recipe,
+    split, capture, preprocess, train, evaluate, label, doctor,
+)  # fmt: skip
 """The modules that put their commands on `app`, in the order of the help."""
 SHARED = ("complete", "inspect", "capture", "train")
 """Commands that several processes run together; the others ask a person, or write files that are one process's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -188,7 +188,7 @@ def hooks_of(engine: Engine, hooks: list[str] | None) -> list[str]:
 def load_whole(settings: Settings) -> Engine:
     """The engine, whose model is whole in each process of torchrun, on a card of its own where there are cards."""
     if world() == 1:
-        return engines.load_engine(replace(settings, labels=None))
+        return engines.load_for_measuring(settings)
     from llama_3.chat_format import load_chat_format
     from llama_3.checkpoint import load_model
     from llama_3.config import read_config

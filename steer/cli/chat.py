@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from steer.cli import engines
-from steer.cli.options import Edits, Error, Json, command, steering_set
+from steer.cli.options import Edits, Error, Json, RecipeFile, command, steering_set
 from steer.config import Settings, log_path, sessions_folder
 from steer.errors import SteerError
 
@@ -21,7 +21,8 @@ from steer.errors import SteerError
 def chat(
     settings: Settings,
     edit: Edits = None,
-    error: Error = "keep",
+    recipe: RecipeFile = None,
+    error: Error = None,
     system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
     session: Annotated[
         str | None, typer.Option(help="Go on with a saved session; `last` is the newest.", metavar="NAME")
@@ -32,7 +33,7 @@ def chat(
     """Talk to the model: screens in a terminal, or plain lines."""
     from steer.store import Store
 
-    steering, store = steering_set(edit, error), Store(sessions_folder())
+    steering, store = steering_set(edit, error, recipe), Store(sessions_folder())
     if session is not None:
         store.open(session)  # a wrong name is told before the model is loaded
     options: dict[str, Any] = {
@@ -45,9 +46,8 @@ def chat(
     if plain or json:
         from steer.cli.plain import PlainChat
 
-        return PlainChat(engines.make_engine(settings, chat=True), options, steering, session, json=json).run(
-            _lines(json)
-        )
+        engine = engines.make_engine(settings, chat=True, recipe=recipe)
+        return PlainChat(engine, options, steering, session, json=json).run(_lines(json))
     if not on_terminal():
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")
     import app
@@ -56,6 +56,8 @@ def chat(
         from llama_3.hub import resolve_model
 
         settings = replace(settings, model=str(resolve_model(settings.model)))
+    if recipe:
+        engines.tell_differences(recipe, settings, None)
     # One core is left to the screen, so that keys are answered while a reply streams.
     settings = replace(settings, threads=settings.threads or max(1, (os.cpu_count() or 1) - 1))
     load = functools.partial(engines.load_engine, settings)  # tells what it has to say on the screen

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import typer
 
 from steer.cli import engines
-from steer.cli.options import Chat, Edits, Error, Json, command, given_text, narrate, put, steering_set
+from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, given_text, narrate, put, steering_set
+from steer.compare import Comparison, compare
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, sentence
@@ -45,57 +46,107 @@ def complete(
         typer.Argument(help="Several are one batch; without any, one a line on stdin.", metavar="PROMPT..."),
     ] = None,
     edit: Edits = None,
-    error: Error = "keep",
+    recipe: RecipeFile = None,
+    error: Error = None,
     chat: Chat = False,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.", metavar="TEXT")
     ] = None,
+    beside: Annotated[
+        bool, typer.Option("--compare", help="Write each reply without and with the edits, and say what differs.")
+    ] = False,
+    spliced: Annotated[
+        bool, typer.Option("--spliced", help="Compare also with what the SAE alone does: no edit, its error dropped.")
+    ] = False,
     hits: Annotated[int, typer.Option(help="Features of each token in --json, the N strongest.", metavar="N")] = 0,
     json: Json = False,
 ) -> int:
     """Go on from a text."""
-    steering, ends = steering_set(edit, error), tuple(stop or ())
+    steering, ends = steering_set(edit, error, recipe), tuple(stop or ())
     if "" in ends:
         raise SteerError("--stop is empty", "give the text that a reply should end before")
     texts = prompts or []
     if texts in ([], ["-"]):
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
-    engine = engines.make_engine(settings, chat=chat)
-    for one in steering.edits:
+    engine = engines.make_engine(settings, chat=chat, recipe=recipe)
+    for one in steering.live:
         engine.check(one)
     context = engine.info.context
     limit = (
         min(DEFAULT_TOKENS, context) if settings.max_tokens is None else check_max_tokens(settings.max_tokens, context)
     )
     seeds = [random.SystemRandom().randint(0, MAX_SEED) if settings.seed is None else settings.seed for _ in texts]
-    rows = [Row(text, seed) for text, seed in zip(texts, seeds, strict=True)]
     head: tuple[tuple[Role, str], ...] = (("system", settings.system),) if settings.system else ()
     asks = [Prompt(messages=(*head, ("user", text))) if chat else Prompt(text=text) for text in texts]
+    if beside or spliced:
+        return compare_replies(engine, texts, asks, steering, settings, seeds, limit, ends, hits, json, spliced)
+    rows = [Row(text, seed) for text, seed in zip(texts, seeds, strict=True)]
     live = len(rows) == 1 and not json and sys.stdout.isatty()
     with engines.interruptible() as cancel:
-        events = _events(engine, asks, steering, settings, seeds, limit, cancel, hits > 0, ends)
+        events = _events(engine, asks, [steering] * len(asks), settings, seeds, limit, cancel, hits > 0, ends)
         _follow(events, rows, live, lambda row: _show(row, engine, steering, hits, json, live, len(rows) > 1))
     if any(row.failed for row in rows):
         return ExitCode.MISTAKE
     return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
 
 
+def compare_replies(
+    engine: EngineLike,
+    texts: list[str],
+    asks: list[Prompt],
+    steering: SteeringSet,
+    settings: Settings,
+    seeds: list[int],
+    limit: int,
+    ends: tuple[str, ...],
+    hits: int,
+    json: bool,
+    spliced: bool,
+) -> int:
+    """Each reply without and with the edits, in one batch, with the same seed."""
+    sets = {"baseline": SteeringSet(), "steered": steering}
+    sets |= {"spliced": SteeringSet(error="drop")} if spliced else {}
+    with engines.interruptible() as cancel:
+        for text, ask, seed in zip(texts, asks, seeds, strict=True):
+            rows = [Row(text, seed) for _ in sets]
+            events = _events(
+                engine, [ask] * len(rows), list(sets.values()), settings, [seed] * len(rows), limit, cancel, True, ends,
+                watch=range(1, len(rows)),
+            )  # fmt: skip
+            _follow(events, rows, False, lambda row: None)
+            if any(row.failed for row in rows):
+                return ExitCode.MISTAKE
+            for name, row, used in zip(sets, rows, sets.values(), strict=True):
+                found = compare(rows[0].events, row.events)
+                if json:
+                    entry = _entry(row, engine, used, hits) | {"row": name}
+                    put(entry if name == "baseline" else entry | comparison_entry(found, row.events, engine))
+                else:
+                    print(f"{name}:\n{clean(row.text)}\n", flush=True)
+                    for line in comparison_lines(found, engine) if name != "baseline" else ():
+                        narrate(line)
+                    for line in report_lines(row.finished.report) if row.finished and used.edits else ():
+                        narrate(line)
+    return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
+
+
 def _events(
     engine: EngineLike,
     asks: list[Prompt],
-    steering: SteeringSet,
+    sets: list[SteeringSet],
     settings: Settings,
     seeds: list[int],
     limit: int,
     cancel: Any,
     hits: bool,
     ends: tuple[str, ...],
+    watch: Sequence[int] = (),
 ) -> Iterable[Event]:
     """The engine's stream, its errors as `Failed` too: a batch that breaks still tells what it has."""
     try:
         yield from engine.stream(
             asks,
-            [steering] * len(asks),
+            sets,
             sampling=settings.sampling(engine.defaults),
             seeds=seeds,
             max_tokens=limit,
@@ -103,6 +154,7 @@ def _events(
             hits=hits,
             alternatives=0,
             stop_strings=ends,
+            watch=watch,
         )
     except EXPLAINED as error:
         yield Failed(sentence(error), getattr(error, "hint", None))
@@ -181,4 +233,34 @@ def report_lines(report: Report) -> list[str]:
         )
         lost = f", left its latent off at {edit.lost}" if edit.lost else ""
         lines.append(f"  {clean(edit.text)}: at {edit.positions} positions{change}{lost}")
+    if len(report.carried) > 1:
+        lines += [f"  from position {one.first}: {clean(', '.join(one.edits)) or 'no edit'}" for one in report.carried]
+    return lines
+
+
+def comparison_entry(found: Comparison, events: Sequence[TokenEvent], engine: EngineLike) -> dict[str, Any]:
+    """What differs from the baseline, as JSON; `kl` and `surprisal` have a number for each token."""
+    names = engine.labels([change.latent for change in found.changed])
+    return {
+        "kl": [event.kl for event in events],
+        "surprisal": [event.surprisal for event in events],
+        "comparison": asdict(found)
+        | {"changed": [asdict(one) | {"label": names.get(one.latent, "")} for one in found.changed]},
+    }
+
+
+def comparison_lines(found: Comparison, engine: EngineLike) -> list[str]:
+    """What differs from the baseline, for a person."""
+    at = "none" if found.first_difference is None else str(found.first_difference)
+    lines = [f"first token that differs: {at}, {found.same} the same"]
+    if found.kl is not None and found.perplexity is not None:
+        lines.append(
+            f"KL(steered | unsteered) {found.kl:.2f} nats a token, perplexity under the unsteered model "
+            f"{found.perplexity:.1f} (baseline {found.baseline_perplexity:.1f}), "
+            f"4-grams repeated {found.repeats:.0%} (baseline {found.baseline_repeats:.0%})"
+        )
+    names = engine.labels([change.latent for change in found.changed])
+    for one in found.changed:
+        means = f"{one.difference:+8.2f}  {one.baseline:.2f} -> {one.steered:.2f}"
+        lines.append(f"  {one.latent:>6} {means}  {names.get(one.latent, '')}")
     return lines

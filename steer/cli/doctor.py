@@ -1,7 +1,9 @@
-"""`steer doctor`: is everything here that steer needs, where does it look for what, and can the model run here.
+"""`steer doctor`: is everything here that steer needs, where does it look for what, can the model run here, and is the
+SAE the right one for it.
 
 Each check gives the value to show or raises what went wrong. Those of the model (`model_checks`) build on each other,
-and one whose ground is missing is left out.
+and one whose ground is missing is left out. Where a model or an SAE is named, both are loaded and `steer.checkup` says
+whether they belong together.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from steer import __version__
-from steer.cli.model_checks import Subject, model_checks
+from steer.cli.model_checks import Subject, examine_sae, model_checks
 from steer.cli.options import Json, command, put
 from steer.config import DEMO_LABELS, DEMO_MODEL, DEMO_SAE, Settings, config_folder, data_folder, log_path
-from steer.errors import ExitCode, SteerError, render
+from steer.errors import EXPLAINED, ExitCode, SteerError, render
 from steer.events import clean
 
 Check = Callable[[Settings], str]
@@ -28,24 +30,39 @@ PACKAGES = (
     *("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "sentencepiece", "gguf", "huggingface_hub"),
     *("textual", "typer"),
 )
+NEEDED = ("model", "tokenizer", "sae", "placement", "fit")
+"""Checks that must have gone well before an SAE is loaded beside its model."""
 
 
 @command()
 def doctor(
     settings: Settings,
     text: Annotated[
-        Path | None, typer.Option(help="Measure what --quantize costs on this text.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Text to measure the SAE on (else the model writes it) and what --quantize costs (else a paragraph).",
+            metavar="FILE",
+        ),
     ] = None,
     json: Json = False,
 ) -> int:
-    """Check the environment and the model: versions, devices, memory, folders, what fits, what quantising costs."""
-    if text is not None and settings.scheme is None:
-        raise SteerError("--text is what --quantize is measured on", "add `--quantize int8`")
+    """Check the environment, the model, and whether the SAE belongs to it.
+
+    The SAE is read on 2,048 tokens where --model, --sae or --text is given: is it on the right hook, are its inputs
+    normalised as in training, its weights laid out right, its k, the BOS and the dtype the right ones?
+    """
+    if text is not None and settings.scheme is None and settings.model and not settings.sae:
+        raise SteerError(
+            "--text is what an SAE or --quantize is measured on, and there is neither",
+            "add `--sae DIR` or `--quantize int8`",
+        )
     failed = {name for name, check in CHECKS.items() if not _tell(name, partial(check, settings), json)}
     subject = Subject(settings, text)
     for name, (needs, of_model) in model_checks(subject).items():
         if failed.isdisjoint(needs) and not _tell(name, partial(of_model, subject), json):
             failed.add(name)
+    if (settings.model or settings.sae or text) and failed.isdisjoint(NEEDED) and subject.sae is not None:
+        failed |= _examine(subject, json)
     return ExitCode.MISTAKE if failed else ExitCode.DONE
 
 
@@ -55,12 +72,40 @@ def _tell(name: str, check: Callable[[], str], json: bool) -> bool:
     try:
         value = check()
     except Exception as error:  # whatever a check meets is its finding
-        ok, message = False, render(error).removeprefix("error: ").replace("\n\n", "; ")
-    if json:
-        put({"check": name, "ok": ok, "value": value, "message": message})
-    else:
-        print(f"{'ok' if ok else 'FAILED':<7} {name:<10} {clean(value or message)}")
+        ok, message = False, _sentences(error)
+    _show({"check": name, "ok": ok, "value": value, "message": message}, json)
     return ok
+
+
+def _examine(subject: Subject, json: bool) -> set[str]:
+    """Loads model and SAE and prints whether they belong together; the checks that failed."""
+    if not _tell("load", partial(_load, subject), json):
+        return {"load"}
+    try:
+        found = examine_sae(subject)
+    except EXPLAINED as error:
+        found = [{"check": "text", "ok": False, "value": "", "message": _sentences(error)}]
+    for entry in found:
+        _show(entry, json)
+    return {entry["check"] for entry in found if not entry["ok"]}
+
+
+def _load(subject: Subject) -> str:
+    info = subject.engine.info
+    return f"{info.model} on {info.device} in {info.dtype}"
+
+
+def _show(entry: dict[str, Any], json: bool) -> None:
+    if json:
+        put(entry)
+    else:
+        print(
+            f"{'ok' if entry['ok'] else 'FAILED':<7} {entry['check']:<10} {clean(entry['message'] or entry['value'])}"
+        )
+
+
+def _sentences(error: Exception) -> str:
+    return render(error).removeprefix("error: ").replace("\n\n", "; ")
 
 
 def _python(settings: Settings) -> str:

@@ -7,10 +7,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from steer.cli.options import narrate
 from steer.config import Settings
+from steer.errors import SteerError
 from steer.events import TokenEvent
 from steer.session import EngineLike
 
@@ -24,11 +27,12 @@ class InspectingEngine(EngineLike, Protocol):
     def inspect(self, text: str, *, chat: bool = False) -> tuple[TokenEvent, ...]: ...
 
 
-def make_engine(settings: Settings, *, chat: bool = False) -> InspectingEngine:
+def make_engine(settings: Settings, *, chat: bool = False, recipe: Path | None = None) -> InspectingEngine:
     """The engine that the settings ask for; says on stderr when it runs without features.
 
     To a person who chose a model it also says where that runs and why, and how a `chat` is written for it; scripts and
-    the demo are not told every time.
+    the demo are not told every time. What differs from where a `recipe` was made is told to all; `SteerError` when it
+    cannot run here.
     """
     engine = load_engine(settings)
     info = engine.info
@@ -38,7 +42,18 @@ def make_engine(settings: Settings, *, chat: bool = False) -> InspectingEngine:
             narrate(info.chat_format)
     if info.notice:
         narrate(info.notice)
+    if recipe:
+        tell_differences(recipe, settings, engine)
     return engine
+
+
+def tell_differences(recipe: Path, settings: Settings, engine: EngineLike | None) -> None:
+    """Says on stderr what differs from where a recipe was made; `SteerError` when it cannot run here."""
+    from steer.made_with import compare, differences
+    from steer.recipe import Recipe
+
+    for sentence in differences(compare(Recipe.read(recipe), settings, engine)):
+        narrate(sentence)
 
 
 def on_screen() -> bool:
@@ -52,7 +67,7 @@ def load_engine(settings: Settings) -> Engine:
 
     return Engine.load(
         settings.model,
-        settings.sae,
+        [settings.sae, *settings.more_saes] if settings.sae else None,
         settings.labels,
         device=settings.device,
         dtype=settings.dtype,
@@ -61,7 +76,15 @@ def load_engine(settings: Settings) -> Engine:
         chat_format=settings.chat_format,
         quantize_all=settings.quantize_all,
         compile=settings.compile,
+        trust_sae=settings.trust_sae,
     )
+
+
+def load_for_measuring(settings: Settings) -> Engine:
+    """The engine of one SAE, without labels."""
+    if settings.more_saes:
+        raise SteerError(f"this reads one SAE, and {1 + len(settings.more_saes)} are given", "give one `--sae FOLDER`")
+    return load_engine(replace(settings, labels=None))
 
 
 @contextmanager

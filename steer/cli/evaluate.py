@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsons
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,7 +57,7 @@ def evaluate(
     sources = list_sources(files)
     part: Literal["held-out", "all"] = "held-out" if held_out else "all"
     plan = TextPlan(unit=unit, context=context, held_out=held_out, part=part, split_seed=split_seed)
-    engine = engines.load_engine(replace(settings, labels=None))
+    engine = engines.load_for_measuring(settings)
     if engine.sae is None:
         raise SteerError("there is no SAE to evaluate", "pass `--sae FOLDER`")
     told = 0

@@ -6,16 +6,20 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from llama_3.ranks import world
 from steer.cli import engines
 from steer.cli.complete import hit_entry
 from steer.cli.options import Chat, Json, command, given_text, narrate, put
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import LatentHit, TokenEvent, clean, clean_line
+
+if TYPE_CHECKING:
+    from steer.engine import Engine
 
 Aggregate = Literal["mean", "last", "max"]
 
@@ -35,16 +39,25 @@ def inspect(
         Aggregate, typer.Option(help="How `--by text` ranks: over tokens but the first and special.")
     ] = "mean",
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", metavar="FILE")] = None,
+    ablate: Annotated[
+        int | None,
+        typer.Option(help="How the log-likelihood of each token changes without this latent.", metavar="ID"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show which features are active on each token of a text."""
     if top is not None and top < 1:
         raise SteerError(f"--top is {top}", "give at least 1")
+    if ablate is not None and (by == "text" or html is not None):
+        raise SteerError("--ablate goes token by token", "leave out `--by text` and `--html`")
     wanted = given_text(text, "text")
-    engine = engines.make_engine(settings)
+    engine = engines.load_engine(settings) if ablate is not None else engines.make_engine(settings)
     if engine.info.hook is None:
         raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`")
     tokens = engine.inspect(wanted, chat=chat)
+    if ablate is not None:
+        _ablated(cast("Engine", engine), tokens, ablate, top, json)
+        return
     names = engine.labels(sorted({hit.latent for token in tokens for hit in token.hits}))
     if html is not None:
         from steer.cli.page import page
@@ -89,6 +102,36 @@ def _by_text(tokens: Sequence[TokenEvent], names: dict[int, str], aggregate: Agg
             put(hit_entry(LatentHit(latent, value), names) | {"aggregate": aggregate, "tokens": count})
         else:
             print(f"{latent:>7}  {value:>8.3f}  on {count:>4} tokens  {clean_line(names.get(latent, ''))}".rstrip())
+
+
+def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int | None, json: bool) -> None:
+    """The tokens with their log-likelihoods, and how those change when the latent is taken out."""
+    from steer.attribution import ablate
+    from steer.resolve import hook_of
+
+    if world() > 1:
+        raise SteerError("--ablate is for one process", "leave out torchrun")
+    assert engine.sae is not None
+    ids = [token.token for token in tokens]
+    changes = ablate(engine.model, engine.tokenizer, engine.sae, hook_of(engine.sae), ids, latent)
+    names = engine.labels(sorted({latent, *(hit.latent for token in tokens for hit in token.hits)}))
+    if json:
+        for token, change in zip(tokens, changes, strict=True):
+            hits = [hit_entry(hit, names) for hit in token.hits[:top]]
+            entry = {"index": token.index, "token": token.token, "text": token.text, "hits": hits, "ablated": latent}
+            values = {"activation": change.activation, "logprob": change.logprob, "change": change.change}
+            put(entry | {name: None if value is None else float(f"{value:.6g}") for name, value in values.items()})
+        return
+    print(f"{'token':>5}  {'':<18}  {'log-prob':>8}  {'change':>8}  activation of {latent}")
+    for token, change in zip(tokens, changes, strict=True):
+        figures = "" if change.change is None else f"{change.logprob:>8.3f}  {change.change:>+8.3f}"
+        on = f"{change.activation:.2f}" if change.activation else ""
+        print(f"{token.index:>5}  {clean(repr(token.text)):<18}  {figures:>18}  {on}".rstrip())
+    total = sum(change.change or 0.0 for change in changes)
+    count = sum(change.activation > 0 for change in changes)
+    name = f" ({names[latent]})" if names.get(latent) else ""
+    narrate(f"latent {latent}{name} is on at {count} of {len(tokens)} tokens; without it the text's")
+    narrate(f"log-likelihood changes by {total:+.3f} nats")
 
 
 def _write(file: Path, text: str) -> None:

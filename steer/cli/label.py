@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,7 @@ def collect(
     check_files(files)
     if max_tokens is not None and max_tokens < 1:
         raise SteerError(f"--max-tokens is {max_tokens}", "give at least 1")
-    engine = engines.load_engine(replace(settings, labels=None))
+    engine = engines.load_for_measuring(settings)
     if engine.sae is None:
         raise SteerError("there is no SAE whose latents could be collected", "pass `--sae FOLDER`")
     model = resolve_model(settings.model) if settings.model else DEMO_MODEL

@@ -1,35 +1,30 @@
 """What `steer doctor` finds out about a model before anyone waits for it: what it is, where it runs, whether it fits.
 
-Nothing of the weights but headers is read, save for what quantising costs: that compares two loaded models.
+Nothing of the weights but headers is read, save for what quantising costs, which compares two loaded models, and for
+whether the SAE is the right one, which runs the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from steer.cli import engines
+from steer.cli.options import narrate
 from steer.config import DEMO_MODEL, DEMO_SAE, Settings
 from steer.errors import SteerError
+from steer.prose import PARAGRAPH
 
 if TYPE_CHECKING:
     from llama_3.config import ModelConfig
     from llama_3.tokenizer import Tokenizer
     from sae.model import SAEConfig
     from steer.device import Placement
+    from steer.engine import Engine
 
-PARAGRAPH = """\
-The harbour was quiet when Ada opened the door of the workshop. Rain had fallen all night, and the boards of the pier
-were still dark with it. She lit the lamp, put the kettle on the stove and looked at the letter again. It asked for
-three things: a boat that two people could row, a price, and an answer before Friday. "That is not much time," said her
-brother, who had come in behind her with an armful of oak. "It is enough," she answered. In 1931 their grandfather had
-built such a boat in nine days, with 40 copper nails to the plank and no drawing but the one in his head. She still had
-his notebook. On its last page he had written what every builder learns sooner or later: measure the water, not the
-wood. She turned up her sleeves, sharpened the plane and began with the keel, while the gulls argued on the roof and the
-first ferry of the morning blew its horn across the bay.
-"""
-"""About 200 tokens of plain prose, to measure on where no text is given."""
 MOST_TOKENS = 512
 """Tokens of a given text that are measured on."""
 
@@ -80,6 +75,11 @@ class Subject:
 
         folder = self.settings.sae or (None if self.settings.model else DEMO_SAE)
         return None if folder is None else read_config(folder)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Model and SAE, loaded; labels play no part here."""
+        return engines.load_engine(replace(self.settings, labels=None))
 
     @property
     def kept_layers(self) -> int:
@@ -165,6 +165,25 @@ def _quantize(subject: Subject) -> str:
         f"{scheme}{kept}: KL {cost.mean_kl:.2g} nats a token on average, {cost.max_kl:.2g} at most, "
         f"the same likeliest token at {cost.same_top:.1%} of {len(tokens)}"
     )
+
+
+def examine_sae(subject: Subject) -> list[dict[str, Any]]:
+    """What `steer.checkup` finds of the SAE beside its model, as the entries of the report."""
+    from steer.checkup import examine
+
+    engine = subject.engine
+    assert engine.sae is not None
+    model, sae, tokenizer = engine.model, engine.sae, engine.tokenizer
+    found = examine(model, sae, tokenizer, subject.text, chat=engine.chat_format, narrate=narrate)
+    return [
+        {
+            "check": each.check,
+            "ok": each.ok,
+            "value": each.value,
+            "message": each.message + (f"; hint: {each.hint}" if each.hint else ""),
+        }
+        for each in found
+    ]
 
 
 def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]]:

@@ -10,6 +10,8 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -20,6 +22,7 @@ from steer.config import Settings, read_biases
 from steer.edits import GRAMMAR, Edit, SteeringSet
 from steer.errors import SteerError
 from steer.events import clean
+from steer.recipe import Recipe
 
 app = typer.Typer(
     name="steer",
@@ -39,7 +42,9 @@ _SHARED: dict[str, Any] = {
             help="Folder, .gguf file or Hugging Face id (org/name[@revision]); without it, the demo.", metavar="MODEL"
         ),
     ],
-    "sae": Annotated[str | None, typer.Option(help="Folder of the SAE.", metavar="DIR")],
+    "sae": Annotated[
+        list[str] | None, typer.Option(help="Folder of the SAE; repeatable, for edits at several hooks.", metavar="DIR")
+    ],
     "labels": Annotated[str | None, typer.Option(help="Label index.", metavar="FILE")],
     "device": Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on, or mps.")],
     "dtype": Annotated[str | None, typer.Option(help="auto (`doctor` says which), float32, bfloat16 or float16.")],
@@ -61,6 +66,9 @@ _SHARED: dict[str, Any] = {
         bool | None, typer.Option("--compile/--no-compile", help="Compile the step that writes a token.")
     ],
     "threads": Annotated[int | None, typer.Option(help="CPU threads.", metavar="N")],
+    "trust_sae": Annotated[
+        bool | None, typer.Option("--trust-sae/--check-sae", help="Steer even where the SAE looks like a wrong one.")
+    ],
 }
 _SAMPLED: dict[str, Any] = {
     "seed": Annotated[int | None, typer.Option(help="Without it, one is drawn and reported.", metavar="N")],
@@ -83,14 +91,25 @@ _SAMPLED: dict[str, Any] = {
 
 Edits = Annotated[list[str] | None, typer.Option("--edit", help=f"{GRAMMAR}; repeatable.", metavar="EDIT")]
 Error = Annotated[
-    Literal["keep", "drop"], typer.Option("--error", help="What becomes of the SAE's reconstruction error.")
+    Literal["keep", "drop"] | None,
+    typer.Option("--error", help="What becomes of the SAE's reconstruction error: keep (the default) or drop."),
 ]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", help="Edits and settings of a recipe; what is typed beats it, --edit adds.", metavar="FILE"
+    ),
+]
+"""A command that takes one gets its settings under what was typed, and its edits from `steering_set`."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap the text in the chat format.")]
 
 
-def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Puts a function on `group` as a command that takes the shared options; with `sampled`, those of sampling too."""
+def command(
+    group: typer.Typer = app, *, sampled: bool = False, name: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Puts a function on `group` as a command that takes the shared options; with `sampled`, those of sampling too.
+    `name` is for one that Python would not let a function have."""
     shared = _SHARED | (_SAMPLED if sampled else {})
 
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,6 +117,8 @@ def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Cal
             del given["debug"]  # `main` has seen it
             typed = {name: given.pop(name) for name in shared}
             typed["logit_bias"] = read_biases(typed.get("logit_bias") or ())
+            if given.get("recipe"):
+                typed = Recipe.read(given["recipe"]).settings | {k: v for k, v in typed.items() if v is not None}
             return body(settings=Settings.load(**typed), **given)
 
         own = [
@@ -109,15 +130,19 @@ def command(group: typer.Typer = app, *, sampled: bool = False) -> Callable[[Cal
         own = [entry.replace(kind=keyword) for entry in own]
         run.__signature__ = inspect.Signature(own + more)  # type: ignore[attr-defined]  # typer reads it
         run.__name__, run.__doc__, run.__annotations__ = body.__name__, body.__doc__, {}
-        group.command()(run)
+        group.command(name)(run)
         return body
 
     return add
 
 
-def steering_set(edits: list[str] | None, error: Literal["keep", "drop"] = "keep") -> SteeringSet:
-    """The set that was typed; a `SteerError` names the edit that is none."""
-    return SteeringSet(tuple(Edit.parse(text) for text in edits or ()), error)
+def steering_set(
+    edits: list[str] | None, error: Literal["keep", "drop"] | None = None, recipe: Path | None = None
+) -> SteeringSet:
+    """The set of a recipe with the edits that were typed; a `SteerError` names the edit that is none."""
+    steering = Recipe.read(recipe).steering if recipe else SteeringSet()
+    typed = tuple(Edit.parse(text) for text in edits or ())
+    return replace(steering, edits=(*steering.edits, *typed), error=error or steering.error)
 
 
 def given_text(text: str | None, what: str) -> str:
@@ -138,14 +163,18 @@ def _read_once() -> str:
     return agree([sys.stdin.read() if is_main() else ""])[0]
 
 
-def put(entry: dict[str, Any]) -> None:
-    """One JSON object on one line of stdout; ASCII, so that nothing in it reaches a terminal; null where a number is
-    none, since JSON has neither NaN nor infinity."""
+def one_line(entry: dict[str, Any]) -> str:
+    """A JSON object on one line; ASCII, so that nothing in it reaches a terminal; null where a number is none, since
+    JSON has neither NaN nor infinity."""
     try:
-        line = json.dumps(entry, allow_nan=False)
+        return json.dumps(entry, allow_nan=False)
     except ValueError:
-        line = json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
-    print(line, flush=True)
+        return json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
+
+
+def put(entry: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout."""
+    print(one_line(entry), flush=True)
 
 
 def narrate(text: str) -> None:

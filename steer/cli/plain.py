@@ -86,6 +86,9 @@ class PlainChat:
                     narrate(f"({event.finish})")
                 for line in report_lines(event.report) if event.report.edits else ():
                     narrate(line)
+                reply = self.session.turns[-1].reply
+                if reply is not None and reply.guard is not None:
+                    narrate(reply.guard.summary)
             case Failed():
                 narrate(render(SteerError(event.message, event.hint)))
             case _:

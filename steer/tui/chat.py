@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -23,7 +22,7 @@ from textual.widgets import Static
 
 from steer import commands
 from steer.commands import COMMANDS, Paint
-from steer.edits import Edit, Strength
+from steer.edits import GRAMMAR, Edit
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
 from steer.session import Mode, Session
@@ -115,7 +114,8 @@ class ChatScreen(Actions):
     def tags(self) -> dict[int, str]:
         """The letters of the steered latents, as the panel shows them."""
         edits = self.steer_app.session.steering.edits if self.steer_app.session else ()
-        return {edit.latent: tag for edit, tag in reversed(list(zip(edits, palette.TAGS, strict=False)))}
+        tagged = reversed(list(zip(edits, palette.TAGS, strict=False)))
+        return {edit.latent: tag for edit, tag in tagged if edit.latent is not None and not edit.hook}
 
     def draw(self) -> None:
         """Draws everything but the transcript's text from the session."""
@@ -129,9 +129,8 @@ class ChatScreen(Actions):
         if session is None:
             return
         self.set_class(session.engine.info.hook is None, "-bare")
-        edits = session.steering.edits
         report = next((t.reply.finished.report for t in reversed(session.turns) if t.reply and t.reply.finished), None)
-        labels = self.label([edit.latent for edit in edits])
+        labels = self.label(session.steering.latents)
         self.panel.show(session.steering, labels=labels, readouts=session.engine.readout, report=report)
         self._draw_painting()
         self._draw_token()
@@ -337,7 +336,7 @@ class ChatScreen(Actions):
         edit = self.session.steering.edits[event.place]
 
         def typed(text: str) -> Edit:
-            made = replace(edit, strength=Strength.parse(text))
+            made = edit.retyped(text)
             self.session.engine.check(made)
             return made
 
@@ -346,8 +345,9 @@ class ChatScreen(Actions):
                 self.attempt(lambda: self.session.change(self.session.steering.put(event.place, typed(text))))
                 self.draw()
 
-        hint = "13.6 raw, 1.1x of its max, 30% of the residual norm" if edit.kind != "scale" else "a factor, as 2"
-        self.app.push_screen(Ask(f"Exact strength: {edit}", value=str(edit.strength), hint=hint, check=typed), take)
+        hint = "13.6 raw, 1.1x of max, 30% of |x|" if edit.kind != "scale" else "a factor, as 2"
+        hint, value = (f"{hint}; or the whole edit", edit.strength) if edit.strength else (GRAMMAR, edit)
+        self.app.push_screen(Ask(f"Exact strength: {edit}", value=str(value), hint=hint, check=typed), take)
 
     def on_steering_panel_resend(self) -> None:
         self.attempt(partial(commands.execute, self, "/regenerate"))
@@ -397,7 +397,7 @@ class ChatScreen(Actions):
 
     def action_pinned(self, step: int) -> None:
         """The steered latents in order, and nothing painted between the last and the first."""
-        around: list[Paint] = [None, *dict.fromkeys(edit.latent for edit in self.session.steering.edits)]
+        around: list[Paint] = [None, *self.session.steering.latents]
         here = around.index(self.painting) if self.painting in around else 0
         self.paint(around[(here + step) % len(around)])
 

@@ -71,10 +71,11 @@ def short(number: int) -> str:
 def reply_status(reply: Reply) -> str:
     """`steered, 2 edits  41 tok  34 tok/s`, `not steered  12 tok`; `writing...` until the engine has reported."""
     count = f"{len(reply.events)} tok"
+    watched = [reply.guard.summary] if reply.guard is not None and reply.guard.summary else []
     if reply.failed is not None:
         return f"failed  {count}"
     if reply.finished is None:
-        return f"writing...  {count}" if reply.events else "writing..."
+        return "  ".join(["writing...", *([count] if reply.events else []), *watched])
     report = reply.finished.report
     # An edit whose strength was moved while the reply was written is in the report once for each strength.
     names = {_EDITED.match(edit.text) for edit in report.edits if edit.positions > 0}
@@ -85,6 +86,7 @@ def reply_status(reply: Reply) -> str:
     parts.append(count)
     if reply.finished.tokens_per_second:
         parts.append(f"{reply.finished.tokens_per_second:.0f} tok/s")
+    parts += watched
     ends = {"cancelled": "stopped", "length": "cut off at the limit", "stop": ""}
     return "  ".join(part for part in (*parts, ends[reply.finished.finish]) if part)
 

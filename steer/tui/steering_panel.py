@@ -18,42 +18,24 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from steer.edits import Edit, Kind, Place, SteeringSet, Strength, Unit
+from steer.edits import FORMULAS, VALUELESS, Edit, Kind, SteeringSet, Strength, Unit
 from steer.errors import EXPLAINED, SteerError
 from steer.events import EditReport, Report
 from steer.session import Readout
 from steer.tui import palette
 from steer.tui.palette import BOLD, DIM, PLAIN, Part
+from steer.tui.slider import FILLS, SCALES, slider
 
 EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer LATENT +0.5x."
 LOUD = 60
 """Percent of the residual norm above which, all edits together, text tends to fall apart."""
-NEXT_PLACE: dict[Place, Place] = {"all": "generated", "generated": "prompt", "prompt": "all"}
+ROUND = ("all", "generated", "prompt", "assistant", "last")
+"""The places that the key goes round; the others are typed."""
 HINTS = (
-    "left/right step   shift bigger   = exact   - flip   0 zero",
-    "a add   c clamp   x ablate   % scale   p bias   w where",
+    "left/right step   shift bigger   = exact, or the whole edit   - flip   0 zero",
+    "a add   c clamp   x ablate   % scale   > floor   < cap   p bias   X project   w where",
     "space mute   Del remove   Enter card   R send again",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How a unit is shown and stepped."""
-
-    reach: float
-    """The slider goes from minus this to plus this."""
-    step: float
-    digits: int
-    start: float
-    """The strength of an edit that had none."""
-    ends: str
-
-
-SCALES: dict[Unit, Scale] = {
-    "max": Scale(2, 0.05, 2, 1, "2"),
-    "norm": Scale(100, 1, 1, 20, "100%"),
-    "raw": Scale(20, 0.5, 2, 5, "20"),
-}
 
 
 class SteeringPanel(Widget, can_focus=True):
@@ -70,7 +52,8 @@ class SteeringPanel(Widget, can_focus=True):
         "feature does itself: it always acts. bias adds v to the feature before the activation, where a feature must "
         "pass a threshold or win one of k places: a small one may change nothing, a large one may push another out; "
         "the report says at how many tokens the feature stayed off. clamp sets the feature to v (c again: only where "
-        "it is on), scale multiplies it, ablate takes it out."
+        "it is on), floor and cap bound it, scale multiplies it, ablate takes it out, project takes out whatever lies "
+        "along its direction. = takes a strength or a whole edit, as `clamp 4410 0 when 902 > 2 on generated ramp 10`."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "choose(-1)", "Previous edit"),
@@ -81,17 +64,20 @@ class SteeringPanel(Widget, can_focus=True):
         Binding("right,l", "step(1)", "Stronger, one step (0.05 x max)"),
         Binding("shift+left,H", "step(-5)", "Weaker, five steps"),
         Binding("shift+right,L", "step(5)", "Stronger, five steps"),
-        Binding("equals_sign", "exact", "Type an exact strength"),
+        Binding("equals_sign", "exact", "Type an exact strength, or the whole edit"),
         Binding("minus", "flip", "Flip the sign"),
         Binding("0", "zero", "Zero"),
         Binding("a", "kind('add')", "Add"),
         Binding("c", "kind('clamp')", "Clamp; again: only where it is on"),
         Binding("x", "kind('ablate')", "Ablate"),
         Binding("percent_sign", "kind('scale')", "Scale"),
+        Binding("greater_than_sign", "kind('floor')", "Floor: at least"),
+        Binding("less_than_sign", "kind('cap')", "Cap: at most"),
         Binding("p", "kind('bias')", "Bias, before the activation"),
+        Binding("X", "kind('project')", "Project out"),
         Binding("space", "mute", "Mute"),
         Binding("delete,backspace", "remove", "Remove"),
-        Binding("w", "place", "Which tokens: all, generated, prompt"),
+        Binding("w", "place", "Which tokens: all, generated, prompt, assistant, last"),
         Binding("W", "special_tokens", "First and special tokens too"),
         Binding("enter", "open", "Open the feature's card"),
         Binding("R", "resend", "Send the last message again"),
@@ -105,7 +91,7 @@ class SteeringPanel(Widget, can_focus=True):
 
     @dataclass
     class Exact(Message):
-        """A strength is to be typed for the edit at this place."""
+        """A strength, or the whole edit, is to be typed for the edit at this place."""
 
         place: int
 
@@ -165,20 +151,22 @@ class SteeringPanel(Widget, can_focus=True):
                 None  # A latent this SAE does not have, or a unit without its reference: the row shows what was typed.
             )
 
-    def _rates(self, latent: int) -> Readout:
-        """What one raw unit of a latent is in the other units."""
-        return self._readout(Edit(latent, "add", Strength(1.0))) or Readout(1.0, None, None)
+    def _rates(self, edit: Edit) -> Readout:
+        """What one raw unit of an edit is in the other units."""
+        kind: Kind = "vector" if edit.kind == "vector" else "add"
+        unit = Edit(edit.latent, kind, Strength(1.0), hook=edit.hook, file=edit.file)
+        return self._readout(unit) or Readout(1.0, None, None)
 
-    def unit(self, latent: int) -> Unit:
-        """The unit in which a latent's strength is shown and stepped."""
-        rates = self._rates(latent)
+    def unit(self, edit: Edit) -> Unit:
+        """The unit in which an edit's strength is shown and stepped."""
+        rates = self._rates(edit)
         return "max" if rates.of_max else "norm" if rates.of_norm else "raw"
 
     def value(self, edit: Edit) -> float | None:
-        """An edit's strength in the unit that is shown; None for `ablate`, the factor for `scale`."""
+        """An edit's strength in the unit that is shown; None where it has none, the factor for `scale`."""
         if edit.strength is None or edit.kind == "scale":
             return None if edit.strength is None else edit.strength.number
-        unit, rates = self.unit(edit.latent), self._rates(edit.latent)
+        unit, rates = self.unit(edit), self._rates(edit)
         if edit.strength.unit == unit:
             return edit.strength.number
         per_raw: dict[Unit, float | None] = {"raw": 1.0, "max": rates.of_max, "norm": rates.of_norm}
@@ -187,18 +175,18 @@ class SteeringPanel(Widget, can_focus=True):
 
     def _strength(self, edit: Edit, value: float) -> Edit:
         """The edit with a strength in the shown unit, rounded as it is shown."""
-        unit: Unit = "raw" if edit.kind == "scale" else self.unit(edit.latent)
+        unit: Unit = "raw" if edit.kind == "scale" else self.unit(edit)
         digits = 2 if edit.kind == "scale" else SCALES[unit].digits
         return replace(edit, strength=Strength(round(value, digits) + 0.0, unit))
 
     def become(self, edit: Edit, kind: Kind) -> Edit:
         """The edit as another kind, with its number kept where it means the same, else a sensible one."""
-        if kind == "ablate":
+        if kind in VALUELESS:
             return replace(edit, kind=kind, strength=None, if_on=False)
         if kind == "scale":
             return replace(edit, kind=kind, strength=Strength(2.0), if_on=False)
         if edit.strength is None or edit.kind == "scale":
-            unit = self.unit(edit.latent)
+            unit = self.unit(edit)
             return replace(edit, kind=kind, strength=Strength(SCALES[unit].start, unit), if_on=False)
         return replace(edit, kind=kind, if_on=edit.if_on and kind == "clamp")
 
@@ -226,7 +214,7 @@ class SteeringPanel(Widget, can_focus=True):
     def action_step(self, steps: int) -> None:
         edit = self.edit
         if edit is not None and (value := self.value(edit)) is not None:
-            step = 0.05 if edit.kind == "scale" else SCALES[self.unit(edit.latent)].step
+            step = 0.05 if edit.kind == "scale" else SCALES[self.unit(edit)].step
             self._put(self._strength(edit, value + steps * step))
 
     def action_flip(self) -> None:
@@ -241,7 +229,7 @@ class SteeringPanel(Widget, can_focus=True):
 
     def action_kind(self, kind: Kind) -> None:
         edit = self.edit
-        if edit is None:
+        if edit is None or edit.kind == "vector":
             return
         if kind == edit.kind == "clamp":
             self._put(replace(edit, if_on=not edit.if_on))
@@ -258,17 +246,18 @@ class SteeringPanel(Widget, can_focus=True):
 
     def action_place(self) -> None:
         if (edit := self.edit) is not None:
-            self._put(replace(edit, place=NEXT_PLACE[edit.place]))
+            at = ROUND.index(edit.place) if edit.place in ROUND else -1
+            self._put(replace(edit, place=ROUND[(at + 1) % len(ROUND)]))
 
     def action_special_tokens(self) -> None:
         self._change(replace(self.steering, special_tokens=not self.steering.special_tokens))
 
     def action_exact(self) -> None:
-        if (edit := self.edit) is not None and edit.kind != "ablate":
+        if self.edit is not None:
             self.post_message(self.Exact(self.selected))
 
     def action_open(self) -> None:
-        if (edit := self.edit) is not None:
+        if (edit := self.edit) is not None and edit.latent is not None:
             self.post_message(self.Open(edit.latent))
 
     def action_resend(self) -> None:
@@ -329,18 +318,24 @@ class SteeringPanel(Widget, can_focus=True):
         muted = DIM if edit.muted or self.steering.bypass else PLAIN
         tag = palette.TAGS[place] if place < len(palette.TAGS) else " "
         kind = edit.kind + (" if on" if edit.if_on else "")
-        kind += {"all": "", "generated": " gen", "prompt": " prompt"}[edit.place] + (" MUTE" if edit.muted else "")
-        label = palette.fit(self._labels.get(edit.latent) or "(no label)", max(width - 11 - len(kind), 0))
+        kind += {"all": "", "generated": " gen"}.get(edit.place, f" {edit.place}") + (" MUTE" if edit.muted else "")
+        if edit.latent is None:
+            name, label = "file", edit.file.rpartition("/")[2]
+        else:
+            name, label = str(edit.latent), f"at {edit.hook}" if edit.hook else self._labels.get(edit.latent, "")
+        label = palette.fit(label or "(no label)", max(width - 11 - len(kind), 0))
         head: list[Part] = [
             ("> " if chosen else "  ", style),
             (tag, palette.tag_style(tag, palette.is_colourless(self.app))),
-            (f" {edit.latent:>5} {label} ", style + muted),
+            (f" {name:>5} {label} ", style + muted),
             (kind, BOLD + muted),
         ]
         rows = [head]
         value = self.value(edit)
         if value is not None and edit.kind != "scale":
             rows.append([(self._slider(edit, value, width), muted)])
+        timing = "  ".join(each for each in edit.clauses if each.split()[0] in ("when", "for", "ramp", "decay"))
+        rows += [[(palette.fit(f"     {timing}", width), muted)]] if timing else []
         fired = self._fired(edit)
         facts = self._facts(edit, value)
         if fired and wide:
@@ -351,35 +346,17 @@ class SteeringPanel(Widget, can_focus=True):
         return rows
 
     def _slider(self, edit: Edit, value: float, width: int) -> str:
-        """`  -2 ...|..┊..|====O..|.. +2`: add a bar from 0, bias a bar of ~, clamp a point."""
-        scale = SCALES[self.unit(edit.latent)]
-        left, right = f"-{scale.ends} ".rjust(5), f" +{scale.ends}"
-        cells = (max(width - len(left) - len(right) - 1, 3) - 1) | 1  # odd, so that 0 is in the middle
-
-        def cell(at: float) -> int:
-            return min(max(round((at / scale.reach + 1) / 2 * (cells - 1)), 0), cells - 1)
-
-        drawn = ["."] * cells
-        rates = self._rates(edit.latent)
-        here = {"max": rates.of_max, "norm": rates.of_norm, "raw": 1.0}[self.unit(edit.latent)]
-        if rates.of_norm and here and (half := abs(50 / rates.of_norm * here)) < scale.reach:
-            drawn[cell(half)] = drawn[cell(-half)] = "┊"
-        for mark in (-scale.reach / 2, 0, scale.reach / 2):
-            drawn[cell(mark)] = "|" if drawn[cell(mark)] == "." else drawn[cell(mark)]
-        at, zero = cell(value), cell(0)
-        if edit.kind != "clamp":
-            for place in range(min(at, zero), max(at, zero)):
-                if place != zero:
-                    drawn[place] = "~" if edit.kind == "bias" else "="
-        drawn[at] = "O"
-        return left + "".join(drawn) + right + (">" if abs(value) > scale.reach else "")
+        unit, rates = self.unit(edit), self._rates(edit)
+        here = {"max": rates.of_max, "norm": rates.of_norm, "raw": 1.0}[unit]
+        half = abs(50 / rates.of_norm * here) if rates.of_norm and here else None
+        return slider(value, SCALES[unit], width, fill=FILLS.get(edit.kind, ""), half=half)
 
     def _facts(self, edit: Edit, value: float | None) -> str:
         if value is None:
-            return "     contributes nothing"
+            return "     contributes nothing" if edit.kind == "ablate" else "     nothing is left along it"
         if edit.kind == "scale":
             return f"     x {value:g} its own activation"
-        unit, readout = self.unit(edit.latent), self._readout(edit)
+        unit, readout = self.unit(edit), self._readout(edit)
         lead = " pre " if edit.kind == "bias" else "     "
         shown = {"max": f"{value:+.2f} x max", "norm": f"{value:+.0f}% of |x|", "raw": f"{value:+.2f} raw"}[unit]
         text = lead + (shown if value else "0")
@@ -411,7 +388,7 @@ class SteeringPanel(Widget, can_focus=True):
                 told = Edit.parse(report.text)
             except SteerError:
                 continue
-            if (told.latent, told.kind) == (edit.latent, edit.kind):
+            if (told.latent, told.kind, told.file) == (edit.latent, edit.kind, edit.file):
                 return report
         return None
 
@@ -427,14 +404,18 @@ class SteeringPanel(Widget, can_focus=True):
         edit = self.edit
         assert edit is not None
         wide = width >= 60
-        tokens = {"all": "prompt and generated" if wide else "all", "generated": "generated", "prompt": "prompt"}
+        skip = edit.place == "all+special" or self.steering.special_tokens
+        tokens = (
+            "prompt and generated" if edit.place.startswith("all") and wide else edit.place.removesuffix("+special")
+        )
         if wide:
-            skip = "special ones too" if self.steering.special_tokens else "not the first, not special ones"
+            words = "special ones too" if skip else "not the first, not special ones"
         else:
-            skip = "special too" if self.steering.special_tokens else "none special"
-        rows: list[list[Part]] = [[("where  ", DIM), (f"{tokens[edit.place]} tokens, {skip}", PLAIN)]]
+            words = "special too" if skip else "none special"
+        rows: list[list[Part]] = [[("where  ", DIM), (f"{tokens} tokens, {words}", PLAIN)]]
         if wide:
             rows[0].append(("    (w, W)", DIM))
+            rows.append([("adds   ", DIM), (FORMULAS[edit.kind], PLAIN)])
         total = self.total()
         if total is not None:
             row: list[Part] = [("total  ", DIM), (f"{total:.0f}% of |x|", PLAIN)]

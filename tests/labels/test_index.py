@@ -297,6 +297,7 @@ def test_an_older_index_is_brought_up_to_date(path, monkeypatch):
     db = sqlite3.connect(path)
     assert db.execute("SELECT count(*) FROM sweeps").fetchone() == (0,)
     assert [name for (name,) in db.execute("SELECT name FROM migrations ORDER BY name")] == [
+        "calibrations",
         "first_tables",
         "second_tables",
     ]

@@ -1,89 +1,12 @@
-"""Every edit kind against a float64 loop, and what a steerer leaves alone."""
-
-from dataclasses import dataclass
+"""What a steerer adds, reports and leaves alone."""
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
-from sae.intervene import CompiledEdit, CompiledSet, Steerer, Tally
+from sae.compiled import CompiledEdit, CompiledSet
+from sae.intervene import Steerer, Tally
+from tests.sae.places import SPECIAL, place
 from tests.sae.reference import KINDS, NORMALISE, D, F, K, Reference, make_sae
-
-SPECIAL = 90
-
-
-@dataclass
-class Place:
-    positions_BT: torch.Tensor
-    tokens_BT: torch.Tensor
-    rows: tuple[int, ...]
-    prompt: int
-
-    @property
-    def generated_BT(self) -> torch.Tensor:
-        return self.positions_BT >= self.prompt - 1
-
-
-def place(rows: int, tokens: int, prompt: int = 3, rows_named: tuple[int, ...] | None = None) -> Place:
-    positions = torch.arange(tokens).repeat(rows, 1)
-    ids = torch.arange(rows * tokens).view(rows, tokens) % 80
-    return Place(positions, ids, rows_named or tuple(range(rows)), prompt)
-
-
-def edited64(of: Reference, x: list[float], edits: list[CompiledEdit], position: int, prompt: int) -> list[float]:
-    f, y, (_, scale) = of.encode(x), list(x), of.moments(x)
-    assume(f.gap > 1e-4)
-    for edit in edits:
-        generated = position >= prompt - 1
-        if position == 0 or (edit.place == "prompt" and generated) or (edit.place == "generated" and not generated):
-            continue
-        a, change = f.f[edit.latent], [0.0] * F
-        match edit.kind:
-            case "add":
-                change[edit.latent] = edit.value
-            case "clamp":
-                change[edit.latent] = 0.0 if edit.if_on and a <= 0 else edit.value - a
-            case "scale":
-                change[edit.latent] = (edit.value - 1) * a
-            case "ablate":
-                change[edit.latent] = -a
-            case "bias":
-                pushed = of.encode(x, (edit.latent, edit.value))
-                assume(pushed.gap > 1e-4)
-                change = [new - old for new, old in zip(pushed.f, f.f, strict=True)]
-        for i in range(F):
-            for j in range(D):
-                y[j] += scale * change[i] * of.w["W_dec"][i][j]
-    return y
-
-
-edits = st.builds(
-    CompiledEdit,
-    kind=st.sampled_from(["add", "clamp", "scale", "ablate", "bias"]),
-    latent=st.integers(0, F - 1),
-    value=st.floats(-4, 4, width=32),
-    place=st.sampled_from(["all", "prompt", "generated"]),
-)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
-@given(
-    chosen=st.lists(edits, min_size=1, max_size=3),
-    seed=st.integers(0, 2**20),
-    if_on=st.booleans(),
-    normalise=st.sampled_from(NORMALISE),
-)
-def test_every_set_of_edits_equals_a_float64_loop(
-    kind: str, chosen: list[CompiledEdit], seed: int, if_on: bool, normalise: str
-) -> None:
-    chosen = [CompiledEdit(e.kind, e.latent, e.value, if_on and e.kind == "clamp", e.place) for e in chosen]
-    sae, x = make_sae(kind, normalise, seed % 7), torch.randn(1, 5, D, generator=torch.Generator().manual_seed(seed))
-    of = Reference(sae)
-    wanted = [edited64(of, x[0, t].double().tolist(), chosen, t, 3) for t in range(5)]
-    y = Steerer(sae, {SPECIAL}, sets={0: CompiledSet(tuple(chosen))})(x, place(1, 5))
-    torch.testing.assert_close(y[0].double(), torch.tensor(wanted, dtype=torch.float64), atol=3e-5, rtol=3e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

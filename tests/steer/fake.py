@@ -43,6 +43,7 @@ class FakeEngine:
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         self.prompts = list(prompts)
@@ -71,7 +72,8 @@ class FakeEngine:
             self.used.append(take())
             for row in range(len(prompts)):
                 other = (Alternative(" other", 1 / 3),)
-                yield TokenEvent(row, start + said, 20 + said, f" {word}", False, -1 / 3, 0.7, other, hits_of(word))
+                heard = -1 / 3, 0.7, other, hits_of(word), *((2.5, 1.0, 1.0) if row in watch else ())
+                yield TokenEvent(row, start + said, 20 + said, f" {word}", False, *heard)
             said += 1
         edits = tuple(EditReport(str(edit), said, 0.5, 2.5) for edit in self.used[-1].live)
         report = Report(said + 1, said + 1 if edits else 0, edits, 2 if edits else None, said if edits else None)
@@ -85,7 +87,7 @@ class FakeEngine:
     def check(self, edit: Edit) -> None:
         if self.info.hook is None:
             raise SteerError("there is no SAE here", "pass `--sae FOLDER`")
-        if edit.latent >= LATENTS:
+        if edit.latent is not None and edit.latent >= LATENTS:
             raise SteerError(f"there is no latent {edit.latent}", f"they go from 0 to {LATENTS - 1}")
 
     def readout(self, edit: Edit) -> Readout | None:

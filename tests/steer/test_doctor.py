@@ -14,8 +14,8 @@ from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import save_sae
 from sae.model import SAE, SAEConfig
 from steer.cli import main
-from steer.cli.model_checks import PARAGRAPH
 from steer.config import DEMO_MODEL, DEMO_SAE
+from steer.prose import PARAGRAPH
 from tests.tiny import hf_config, tiny_config, write_tiny_checkpoint
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
@@ -169,11 +169,11 @@ def test_what_quantising_costs(doctor: Doctor, tmp_path: Path, monkeypatch: pyte
     assert "No such file" in doctor(*flags, "int8", "--text", "gone.txt")[1]["quantize"]["message"]
 
 
-def test_a_text_without_a_scheme_measures_nothing(
+def test_a_text_with_nothing_to_measure_is_refused(
     doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", "--text", "short.txt"]) == 1
-    assert "add `--quantize int8`" in capsys.readouterr().err
+    assert main(["doctor", "--model", "model", "--text", "short.txt"]) == 1
+    assert "add `--sae DIR` or `--quantize int8`" in capsys.readouterr().err
 
 
 def test_the_paragraph_is_about_200_tokens(doctor: Doctor) -> None:

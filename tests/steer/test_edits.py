@@ -4,21 +4,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.edits import KINDS, PLACES, Edit, SteeringSet, Strength
+from steer.edits import KINDS, PLACES, VALUELESS, Condition, Edit, SteeringSet, Strength
 from steer.errors import SteerError, sentence
 
-strengths = st.builds(
-    Strength, st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["raw", "max", "norm"])
-)
-plain = st.builds(Strength, st.floats(allow_nan=False, allow_infinity=False))
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+units = st.sampled_from(["raw", "max", "norm"])
+counts = st.none() | st.integers(1, 10**9)
+ranges = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda ends: f"{min(ends)}..{max(ends)}")
 
 
 @st.composite
 def edits(draw: st.DrawFn) -> Edit:
     kind = draw(st.sampled_from(KINDS))
-    strength = None if kind == "ablate" else draw(plain if kind == "scale" else strengths)
-    if_on = kind == "clamp" and draw(st.booleans())
-    return Edit(draw(st.integers(0, 10**6)), kind, strength, if_on, draw(st.sampled_from(PLACES)))
+    unit = draw({"scale": st.just("raw"), "vector": st.sampled_from(["raw", "norm"])}.get(kind, units))
+    condition = st.builds(
+        Condition, st.integers(0, 10**6), st.builds(Strength, numbers, st.sampled_from(["raw", "max"]))
+    )
+    return Edit(
+        None if kind == "vector" else draw(st.integers(0, 10**6)),
+        kind,
+        None if kind in VALUELESS else Strength(draw(numbers), unit),
+        kind == "clamp" and draw(st.booleans()),
+        draw(st.sampled_from(list(PLACES)) | ranges),
+        when=draw(st.none() | condition),
+        lasts=draw(counts),
+        ramp=draw(counts),
+        decay=draw(counts),
+        hook=draw(st.sampled_from(["", "blocks.3.hook_resid_post", "L5R"])),
+        file=draw(st.text(min_size=1).filter(str.strip)) if kind == "vector" else "",
+    )
 
 
 @given(edits())
@@ -48,6 +62,16 @@ def test_any_text_is_an_edit_or_one_sentence(text: str) -> None:
         ("bias 5 3.0", Edit(5, "bias", Strength(3.0))),
         ("clamp 4410 0 if on on generated", Edit(4410, "clamp", Strength(0.0), True, "generated")),
         ("add 7 1e-3 on prompt", Edit(7, "add", Strength(0.001), place="prompt")),
+        (
+            "clamp 4410 0 when 902 > 2 on generated decay 20",
+            Edit(4410, "clamp", Strength(0.0), place="generated", when=Condition(902, Strength(2.0)), decay=20),
+        ),
+        ("5 1x when 9>0.5x", Edit(5, "add", Strength(1.0, "max"), when=Condition(9, Strength(0.5, "max")))),
+        ("5 +1 on 4..9 for 40 tokens ramp 10", Edit(5, "add", Strength(1.0), place="4..9", lasts=40, ramp=10)),
+        ("floor 5 1 for 1 token", Edit(5, "floor", Strength(1.0), lasts=1)),
+        ("cap 5 1 for 7", Edit(5, "cap", Strength(1.0), lasts=7)),
+        ("project out 5 on all+special", Edit(5, "project", place="all+special")),
+        ("vector 'a b.npy' 30% at L5R", Edit(None, "vector", Strength(30, "norm"), file="a b.npy", hook="L5R")),
     ],
 )
 def test_the_forms_of_the_manual(text: str, edit: Edit) -> None:
@@ -69,6 +93,19 @@ def test_the_forms_of_the_manual(text: str, edit: Edit) -> None:
         ("5 1 if on", "goes with clamp"),
         ("5 1 on moon", "`moon` is no place"),
         ("5 1 and more", "was not understood"),
+        ("5 1 on 9..4", "`9..4` is no place"),
+        ("5 1 for 0 tokens", "for takes a whole number of tokens from 1"),
+        ("5 1 ramp -2", "ramp takes a whole number of tokens from 1"),
+        ("5 1 decay 2 decay 3", "it says `decay` twice"),
+        ("5 1 when 4", "a condition reads `when OTHER > X`"),
+        ("5 1 when x > 4", "`x` is no latent"),
+        ("5 1 when 4 > 3%", "a condition is raw or a share of max"),
+        ("project 5 1", "project takes no value"),
+        ("floor 5", "floor needs a value"),
+        ("vector", "the file is missing"),
+        ("vector a.npy", "vector needs a value"),
+        ("vector a.npy 1x", "a vector has no recorded max"),
+        ("vector 'a.npy 1", "a quotation is not closed"),
     ],
 )
 def test_a_mistake_is_named(text: str, why: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from labels.index import LabelIndex
 from llama_3.hooks import HookPoint, Hooks
 from sae.checkpoint import Stats, save_sae
-from sae.intervene import CompiledEdit, CompiledSet, Steerer
+from sae.compiled import CompiledEdit, CompiledSet
+from sae.intervene import Steerer
 from sae.model import SAE, SAEConfig
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
@@ -150,7 +151,7 @@ def test_complete_gives_what_the_stream_gives(engine: Engine) -> None:
 
 def test_the_three_units_of_strength_resolve_to_one_number(engine: Engine) -> None:
     for written in ("5 +3", "5 +1.5x", "5 +75%"):
-        assert engine.compile(steering(written)).edits == (CompiledEdit("add", 5, 3.0),)
+        assert engine.compile(steering(written)) == {HookPoint.parse(HOOK): CompiledSet((CompiledEdit("add", 5, 3.0),))}
     readout = engine.readout(Edit.parse("5 +1.5x"))
     assert readout is not None
     assert (readout.raw, readout.of_max, readout.of_norm) == pytest.approx((3.0, 1.5, 75.0))

@@ -3,6 +3,7 @@
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,8 @@ SETS = (
     steering("3 6 on generated"),
     steering("9 5 on prompt", "3 2"),
     steering("bias 4 3"),
+    steering("3 6 when 5 > 0.1 ramp 4", "7 4 for 5 tokens"),
+    steering("floor 9 3 on last", "cap 5 1 on 2..6", "project 11 on assistant"),
 )
 
 
@@ -104,6 +107,34 @@ def test_a_chat_that_reuses_equals_one_that_reads_all_anew(
     text = "Once upon"
     for number, sets in enumerate(turns):
         ours, theirs = (ask(engine, Prompt(text=text), sets, engine is chat) for engine in (chat, anew))
+        assert_same(ours, theirs)
+        said = "".join(event.text for event in ours if isinstance(event, TokenEvent) and not event.special)
+        text += said + f" and {number}"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@settings(max_examples=15, deadline=None)
+@given(turns=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=2, max_size=4))
+def test_so_does_one_with_several_saes_and_vectors_below_them(
+    fresh: Engine, tmp_path_factory: pytest.TempPathFactory, first: int, turns: list[list[int]]
+) -> None:
+    hooks = ["blocks.1.hook_resid_mid", "blocks.1.hook_resid_post"]
+    saes = [tiny_sae(hook=hook) for hook in (hooks if first == 0 else hooks[::-1])]
+    file = tmp_path_factory.getbasetemp() / "direction.npy"
+    np.save(file, np.linspace(-1, 1, fresh.model.config.d_model, dtype=np.float32))
+    sets = [
+        steering(),
+        steering("3 6", f"9 -4 at {hooks[0]}"),
+        steering(f"clamp 5 4 at {hooks[1]}"),
+        steering(f"vector {file} 3 at blocks.0.hook_resid_post"),
+        steering(f"vector {file} -2 at blocks.0.hook_resid_pre on generated", "3 6"),
+        steering(f"7 5 when 5 > 0.2 at {hooks[0]}"),
+    ]
+    chat, anew = (Engine(fresh.model, fresh.tokenizer, saes) for _ in range(2))
+    text = "Once upon"
+    for number, chosen in enumerate(turns):
+        used = [sets[one] for one in chosen]
+        ours, theirs = (ask(engine, Prompt(text=text), used, engine is chat) for engine in (chat, anew))
         assert_same(ours, theirs)
         said = "".join(event.text for event in ours if isinstance(event, TokenEvent) and not event.special)
         text += said + f" and {number}"

@@ -11,12 +11,12 @@ from steer.device import sae_bytes
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.events import Finished, LatentHit, PromptRead, TokenEvent
-from steer.replies import WIDE, hits_by_row
-from steer.resolve import Resolver
+from steer.resolve import Resolver, by_hook
 from steer.session import Prompt, Session
+from steer.steerers import WIDE, hits_by_row
 from steer.tui.status import headline
 from tests.sae.reference import KINDS, NORMALISE
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import byte_tokenizer, tiny_config, tiny_model
 
 D, F = 32, 64
 
@@ -67,13 +67,14 @@ def test_the_headline_names_the_kind(kind: str) -> None:
 def test_a_share_of_the_norm_moves_a_median_residual_by_that_share(normalise: str) -> None:
     sae = sae_of("jumprelu", normalise)
     edit = Edit.parse("9 +30%")
-    compiled = Resolver(sae).compile(SteeringSet((edit,)))
+    resolver = Resolver(tiny_config(), by_hook([sae]))
+    [compiled] = resolver.compile(SteeringSet((edit,))).values()
     x = torch.randn(1, 2, D, generator=torch.Generator().manual_seed(2))
     x -= x.mean(-1, keepdim=True)
     x *= 4.0 / x.norm(dim=-1, keepdim=True)
     y = Steerer(sae, sets={0: compiled})(x, Two())
     assert float((y - x)[0, 1].norm()) == pytest.approx(0.3 * 4.0, rel=1e-5)
-    readout = Resolver(sae).readout(edit)
+    readout = resolver.readout(edit)
     assert readout is not None and readout.raw == compiled.edits[0].value
     assert readout.of_norm == pytest.approx(30)
 
@@ -85,6 +86,7 @@ class Two:
     tokens_BT = torch.tensor([[65, 66]])
     rows = (0,)
     generated_BT = torch.tensor([[False, True]])
+    prompt_lengths_B = torch.tensor([2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -231,3 +231,24 @@ def test_a_refused_message_is_gone_before_anyone_hears_of_the_refusal() -> None:
     session.say("TOO LONG")
     for event in session.reply(threading.Event()):
         assert isinstance(event, Failed) and session.turns == []
+
+
+def test_a_guard_measures_and_weakens_only_when_told_to() -> None:
+    words = " ".join(["word"] * 20)
+    for mode, factors in (("off", {1.0}), ("watch", {1.0}), ("back-off", {1.0, 0.75, 0.75**2})):
+        engine = FakeEngine(words)
+        session = Session(engine, seed=1)
+        session.guard = mode
+        session.steer("3 +1x")
+        session.say("hi")
+        play(session)
+        reply = session.turns[-1].reply
+        assert reply is not None
+        assert {used.factor for used in engine.used} == factors
+        assert {used.factor for _, used in reply.timeline} == factors
+        said = "" if reply.guard is None else reply.guard.summary
+        assert (
+            said
+            == {"off": "", "watch": "KL 2.5, over the line", "back-off": "KL 2.5, over the line, edits x 0.56"}[mode]
+        )
+    assert session.steering.factor == 1.0  # the next reply starts at full strength

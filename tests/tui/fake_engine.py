@@ -91,6 +91,7 @@ class FakeEngine:
         hits: bool = True,
         alternatives: int = 5,
         stop_strings: Sequence[str] = (),
+        watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
         assert callable(steering)
@@ -129,9 +130,8 @@ class FakeEngine:
                 others = (Alternative(" spans", 0.11), Alternative(" cables", 0.08), Alternative(" legs", 0.04))
                 found = hits_of(piece) if piece else ()
                 steered = tuple(replace(hit, activation=hit.activation + 1) for hit in found) if used.live else found
-                yield TokenEvent(
-                    0, index, zlib.crc32(word.encode()) % 30000, piece, False, math.log(0.62), 1.3, others, steered
-                )
+                token, facts = zlib.crc32(word.encode()) % 30000, (2.5, 1.0, 1.0) if watch else ()
+                yield TokenEvent(0, index, token, piece, False, math.log(0.62), 1.3, others, steered, *facts)
                 index += 1
                 text_out += 1
         edits = tuple(EditReport(str(edit), text_out, 2.3, 9.8) for edit in used.live)
@@ -144,7 +144,7 @@ class FakeEngine:
         yield Finished(0, finish, seeds[0], report, speed)  # type: ignore[arg-type]  # one of the three
 
     def check(self, edit: Edit) -> None:
-        if edit.latent >= LATENTS:
+        if edit.latent is not None and edit.latent >= LATENTS:
             raise SteerError(f"there is no latent {edit.latent}", f"they go from 0 to {LATENTS - 1}")
 
     def readout(self, edit: Edit) -> Readout | None:

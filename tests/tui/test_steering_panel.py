@@ -103,7 +103,10 @@ KEYS = [
     ("scale 1 0.5", "c", "clamp 1 1x"),
     ("1 +1x", "w", "1 +1x on generated"),
     ("1 +1x on generated", "w", "1 +1x on prompt"),
-    ("1 +1x on prompt", "w", "1 +1x"),
+    ("1 +1x on prompt", "w", "1 +1x on assistant"),
+    ("1 +1x on assistant", "w", "1 +1x on last"),
+    ("1 +1x on last", "w", "1 +1x"),
+    ("1 +1x on 3..5", "w", "1 +1x"),
 ]
 """An edit, a key, and the edit it makes."""
 
@@ -169,7 +172,7 @@ async def test_enter_equals_and_r_ask_the_app() -> None:
     async with app.run_test(size=(43, 20)) as pilot:
         app.show(steering("1 +1x", "2 +1x", "ablate 3"))
         await pilot.press("down", "enter", "equals_sign", "R", "down", "equals_sign")
-        assert app.got == [("open", 2), ("exact", 1), ("resend", None)]
+        assert app.got == [("open", 2), ("exact", 1), ("resend", None), ("exact", 2)]
 
 
 async def test_a_newly_added_edit_is_chosen() -> None:

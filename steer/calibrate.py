@@ -1,0 +1,235 @@
+"""Calibration: how a latent answers to being added at rising strengths, in what it brings about and what it breaks.
+
+Every strength writes a reply to each of some prompts, neutral ones (far from the topic) and beginnings of the latent's
+own examples (near it), all of one latent in one batch, with the same seeds as the baseline. The targets are the tokens
+that the latent promotes by the logit lens and those on which its strongest examples fire. Over a strength's replies:
+
+    effect       target tokens in 100 tokens, less the baseline's
+    log p        mean of log(P(targets) steered / P(targets) unsteered), both on the steered text
+    perplexity   exp of the mean surprisal of the reply under the unsteered model
+    repeats      share of the 4-grams of a reply that stand in it before
+    KL           mean of KL(steered | unsteered) on the steered text, nats a token
+
+    sweet spot     the strength of the largest effect on the neutral prompts with perplexity <= 1.5 times the baseline's
+    cliff          the lowest strength with perplexity > 3 times the baseline's, or repeats > 0.5
+    steerability   the effect on the neutral prompts at the sweet spot; 0 where no strength has an effect there
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from steer.compare import repeated
+from steer.edits import Edit, SteeringSet, Strength
+from steer.engine import Engine
+from steer.errors import SteerError
+from steer.events import PromptRead, TokenEvent
+from steer.likelihood import Text, logprobs
+from steer.session import Prompt, Sampling
+
+STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
+"""In units of the latent's max."""
+PROMPTS = ("Once upon a time", "One day", "I think that", "There was a")
+"""Neutral ones, far from most topics."""
+TOKENS = 40
+NEAR = 2
+"""Beginnings of the latent's own examples."""
+SWEET_RATIO, CLIFF_RATIO, CLIFF_REPEATS = 1.5, 3.0, 0.5
+TARGETS = 12
+"""At most so many promoted tokens, and so many tokens of examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The replies at one strength."""
+
+    strength: float
+    """Times the latent's max; 0 is the baseline."""
+    raw: float
+    effect: float
+    """On the neutral prompts."""
+    effect_near: float | None
+    """On beginnings of its own examples; None without any."""
+    logprob: float
+    perplexity: float
+    ratio: float
+    """Perplexity over the baseline's."""
+    repeats: float
+    kl: float
+    text: str
+    """The reply to the first prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A latent's trials and what they say."""
+
+    latent: int
+    trials: tuple[Trial, ...]
+    targets: tuple[str, ...]
+    sweet: float | None
+    cliff: float | None
+    steerability: float
+
+    @property
+    def entry(self) -> dict[str, object]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Written:
+    """One reply and what it is measured against."""
+
+    text: Text
+    shown: str
+    near: bool
+
+
+class Calibrator:
+    """Calibrates latents of an engine's first SAE. The baseline of the neutral prompts is written once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        strengths: Sequence[float] = STRENGTHS,
+        prompts: Sequence[str] = PROMPTS,
+        tokens: int = TOKENS,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if engine.sae is None or engine.sae.stats is None:
+            raise SteerError("there is no SAE with recorded maxima to calibrate", "pass `--sae FOLDER`")
+        if not prompts or not strengths:
+            raise SteerError("calibration needs a prompt and a strength")
+        bad = [strength for strength in strengths if not math.isfinite(strength) or strength == 0]
+        if bad:
+            raise SteerError(f"{bad[0]:g} is no strength to calibrate at", "give multiples of the max, as 0.4")
+        self.engine, self.prompts, self.tokens, self.seed = engine, tuple(prompts), tokens, seed
+        self.strengths = tuple(sorted(set(strengths)))
+        self.sampling = sampling or engine.defaults
+        self._baseline: list[_Written] | None = None
+
+    def calibrate(self, latent: int) -> Calibrated:
+        """One latent's trials."""
+        engine = self.engine
+        engine.check(Edit(latent, "add", Strength(1.0, "max")))
+        maximum = engine.resolver.maximum(latent)
+        assert maximum is not None
+        if self._baseline is None:
+            self._baseline = self._write([(prompt, False) for prompt in self.prompts], SteeringSet())
+        targets, names = self._targets(latent)
+        near = [(prompt, True) for prompt in self._near(latent)]
+        base = self._baseline + (self._write(near, SteeringSet()) if near else [])
+        asks = [(prompt, False) for prompt in self.prompts] + near
+        sets = [SteeringSet((Edit(latent, "add", Strength(s, "max")),)) for s in self.strengths]
+        rows = self._write([ask for _ in sets for ask in asks], [one for one in sets for _ in asks])
+        zero = self._measure(0.0, 0.0, base, [SteeringSet()] * len(base), targets, None)
+        trials = [zero]
+        for number, (strength, one) in enumerate(zip(self.strengths, sets, strict=True)):
+            part = rows[number * len(asks) : (number + 1) * len(asks)]
+            trials.append(self._measure(strength, strength * maximum, part, [one] * len(part), targets, zero))
+        return Calibrated(latent, tuple(trials), names, *judge(trials))
+
+    def _write(self, asks: Sequence[tuple[str, bool]], sets: SteeringSet | Sequence[SteeringSet]) -> list[_Written]:
+        """A reply to each prompt."""
+        each = [sets] * len(asks) if isinstance(sets, SteeringSet) else list(sets)
+        prompts: list[tuple[int, ...]] = [()] * len(asks)
+        replies: list[list[int]] = [[] for _ in asks]
+        shown = [prompt for prompt, _ in asks]
+        events = self.engine.stream(
+            [Prompt(text=prompt) for prompt, _ in asks],
+            each,
+            sampling=self.sampling,
+            seeds=[self.seed] * len(asks),
+            max_tokens=self.tokens,
+            hits=False,
+            alternatives=0,
+        )
+        for event in events:
+            if isinstance(event, PromptRead):
+                prompts[event.row] = tuple(token.token for token in event.tokens)
+            elif isinstance(event, TokenEvent):
+                replies[event.row].append(event.token)
+                shown[event.row] += event.text
+        return [
+            _Written(Text(prompt, tuple(reply)), text, near)
+            for prompt, reply, text, (_, near) in zip(prompts, replies, shown, asks, strict=True)
+        ]
+
+    def _measure(
+        self,
+        strength: float,
+        raw: float,
+        rows: Sequence[_Written],
+        sets: Sequence[SteeringSet],
+        targets: Sequence[int],
+        zero: Trial | None,
+    ) -> Trial:
+        texts, wanted = [row.text for row in rows], set(targets)
+        surprisals, kls, gains = [], [], []
+        plain = logprobs(self.engine, texts, [SteeringSet()] * len(texts))
+        steered = logprobs(self.engine, texts, sets)
+        for row, theirs_TV, ours_TV in zip(rows, plain, steered, strict=True):
+            if not row.text.reply:
+                continue
+            reply = theirs_TV.new_tensor(row.text.reply).long()
+            surprisals += (-theirs_TV.gather(1, reply[:, None])[:, 0]).tolist()
+            kls += (ours_TV.exp() * (ours_TV - theirs_TV)).sum(-1).tolist()
+            if targets:
+                of = ours_TV.new_tensor(list(targets)).long()
+                gains += (ours_TV[:, of].logsumexp(1) - theirs_TV[:, of].logsumexp(1)).tolist()
+        far, near = ([row for row in rows if row.near is side] for side in (False, True))
+        perplexity = math.exp(fmean(surprisals)) if surprisals else math.nan
+        return Trial(
+            strength,
+            raw,
+            _rate(far, wanted) - (zero.effect if zero else 0.0),
+            (_rate(near, wanted) - ((zero.effect_near or 0.0) if zero else 0.0)) if near else None,
+            fmean(gains) if gains else 0.0,
+            perplexity,
+            perplexity / zero.perplexity if zero else 1.0,
+            fmean(repeated(row.text.reply) for row in rows),
+            fmean(kls) if kls else 0.0,
+            rows[0].shown,
+        )
+
+    def _targets(self, latent: int) -> tuple[list[int], tuple[str, ...]]:
+        """The tokens that the latent should bring about, and their texts."""
+        index, tokenizer = self.engine.index, self.engine.tokenizer
+        if index is None:
+            raise SteerError(
+                "calibration needs a label index, which says what a latent promotes", "pass `--labels FILE`"
+            )
+        promoted = [token for token, _ in index.raw_effects(latent)[0][:TARGETS]]
+        fired = [example.tokens[example.peak] for example in index.raw_examples(latent) if example.kind == "top"][
+            :TARGETS
+        ]
+        targets = list(dict.fromkeys([*promoted, *fired]))
+        return targets, tuple(tokenizer.token_text(token) for token in targets)
+
+    def _near(self, latent: int) -> list[str]:
+        """Beginnings of the latent's strongest examples, up to where it fires."""
+        index = self.engine.index
+        assert index is not None
+        starts = ["".join(one.tokens[: one.peak]).strip() for one in index.examples(latent, "top", 4 * NEAR)]
+        return list(dict.fromkeys(start for start in starts if len(start.split()) >= 2))[:NEAR]
+
+
+def judge(trials: Sequence[Trial]) -> tuple[float | None, float | None, float]:
+    """(sweet spot, cliff, steerability) of trials by rising strength, the baseline first."""
+    tried = [trial for trial in trials if trial.strength > 0]
+    mild = [trial for trial in tried if trial.ratio <= SWEET_RATIO and trial.effect > 0]
+    best = max(mild, key=lambda trial: trial.effect, default=None)
+    broken = (t.strength for t in tried if t.ratio > CLIFF_RATIO or t.repeats > CLIFF_REPEATS)
+    return best.strength if best else None, next(broken, None), best.effect if best else 0.0
+
+
+def _rate(rows: Sequence[_Written], wanted: set[int]) -> float:
+    """Wanted tokens in 100 tokens of replies."""
+    tokens = [token for row in rows for token in row.text.reply]
+    return 100 * sum(token in wanted for token in tokens) / len(tokens) if tokens else 0.0

@@ -1,0 +1,91 @@
+"""`Guard`: how far a reply is from what the unsteered model would write, while it is written.
+
+Over the last `WINDOW` tokens of the reply, with the unsteered model reading the same text:
+
+    KL          mean of KL(steered | unsteered), nats a token                                        line: 2
+    surprise    mean surprisal under the unsteered model less what that model expects, nats a token   line: ln 3
+    repetition  share of the 4-grams that the reply has had before                                    line: 0.5
+
+The level is the largest of the three as a share of its line: below 0.5 the reply is calm, from 0.5 strained, and from 1
+over the line. An excess of ln 3 means that the text is three times as perplexing to the model as its own would be.
+With `backs_off` the strength of all edits is multiplied by `STEP` whenever the level is over the line, at the earliest
+`WAIT` tokens after the reply began or after the last time. It is a pure function of the tokens, and so stays a reply.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from steer.events import TokenEvent
+
+WINDOW = 24
+KL_LINE, SURPRISE_LINE, REPEAT_LINE = 2.0, math.log(3), 0.5
+STEP, WAIT = 0.75, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """The three figures over the last tokens."""
+
+    kl: float
+    surprise: float
+    repetition: float
+
+    @property
+    def level(self) -> float:
+        """The largest as a share of its line, at least 0."""
+        return max(self.kl / KL_LINE, self.surprise / SURPRISE_LINE, self.repetition / REPEAT_LINE, 0.0)
+
+    @property
+    def word(self) -> str:
+        """What the level means."""
+        return "calm" if self.level < 0.5 else "strained" if self.level < 1 else "over the line"
+
+
+@dataclass(slots=True)
+class Guard:
+    """Watches one reply."""
+
+    backs_off: bool = False
+    factor: float = 1.0
+    """What the strength of all edits is multiplied by now."""
+    meter: Meter | None = None
+    """None before the first token."""
+    _seen: list[TokenEvent] = field(default_factory=list)
+    _since: int = 0
+
+    def see(self, event: TokenEvent) -> None:
+        """Take the next token of the reply into account; it has to have been measured (`watch`)."""
+        assert event.kl is not None and event.surprisal is not None and event.expected is not None
+        self._seen.append(event)
+        self._since += 1
+        last = self._seen[-WINDOW:]
+        self.meter = Meter(
+            fmean(each.kl or 0.0 for each in last),
+            fmean((each.surprisal or 0.0) - (each.expected or 0.0) for each in last),
+            self._repetition(len(last)),
+        )
+        if self.backs_off and self._since >= WAIT and self.meter.level >= 1:
+            self.factor *= STEP
+            self._since = 0
+
+    @property
+    def summary(self) -> str:
+        """What it has to say: `KL 0.8, strained`, `KL 2.3, over the line, edits x 0.75`; "" before the first token."""
+        if self.meter is None:
+            return ""
+        weakened = f", edits x {self.factor:.2g}" if self.factor < 1 else ""
+        return f"KL {self.meter.kl:.1f}, {self.meter.word}{weakened}"
+
+    def _repetition(self, window: int) -> float:
+        """Of the 4-grams that end in the window, the share that stands in the reply before."""
+        tokens = [event.token for event in self._seen]
+        grams = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
+        first = max(0, len(grams) - window)
+        seen, again = set(grams[:first]), 0
+        for gram in grams[first:]:
+            again += gram in seen
+            seen.add(gram)
+        return again / max(len(grams) - first, 1) if grams else 0.0
