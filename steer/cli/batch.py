@@ -17,7 +17,7 @@ import typer
 from steer.batch import GROUP, Entry, Reply, Results, admit, groups, read_lines, steers, survey, write
 from steer.cli import engines
 from steer.cli.complete import DEFAULT_TOKENS, hit_entry, report_entry
-from steer.cli.options import Chat, Edits, Error, Json, command, narrate, one_line, put, steering_set
+from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, narrate, one_line, put, steering_set
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import ExitCode, SteerError
@@ -48,7 +48,8 @@ def batch(
     source: Annotated[Path, typer.Argument(help="Requests, one JSON object a line; also .xz, .gz.", metavar="IN")],
     out: Annotated[Path, typer.Argument(help="Results, one a line, in the order of IN.", metavar="OUT")],
     edit: Edits = None,
-    error: Error = "keep",
+    recipe: RecipeFile = None,
+    error: Error = None,
     chat: Chat = False,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.", metavar="TEXT")
@@ -60,7 +61,10 @@ def batch(
     json: Json = False,
 ) -> int:
     """Answer a file of requests; run again, it goes on where it stopped."""
-    steering, wanted = steering_set(edit, error), Wanted(batch_size, baseline, hits, logprobs, tuple(stop or ()))
+    steering, wanted = (
+        steering_set(edit, error, recipe),
+        Wanted(batch_size, baseline, hits, logprobs, tuple(stop or ())),
+    )
     if "" in wanted.ends:
         raise SteerError("--stop is empty", "give the text that a reply should end before")
     seen = survey(source)
@@ -68,8 +72,9 @@ def batch(
         first, second = seen.example
         narrate(f"{seen.repeated} lines have the id of an earlier one: line {second}, for one, that of line {first}")
     options = _options(settings, steering) | {
-        "--edit": edit or [],
-        "--error": error,
+        "--edit": [str(one) for one in steering.live],
+        "--error": steering.error,
+        "special tokens": steering.special_tokens,
         "--chat": chat,
         "--stop": wanted.ends,
     }
@@ -85,7 +90,9 @@ def batch(
             engine = engines.load_engine(settings)
             if engine.info.notice:
                 narrate(engine.info.notice)
-            for one in steering.edits:
+            if recipe:
+                engines.tell_differences(recipe, settings, engine)
+            for one in steering.live:
                 engine.check(one)
             if hits and not engine.saes:
                 raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`, or leave out `--hits`")
