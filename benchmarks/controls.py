@@ -3,7 +3,7 @@
     python benchmarks/controls.py --topics book,bed,bear,fish,bird,moon,sun,dog,rain,boat
 
 For each topic the edit of `steering_choices.json`, chosen on other seeds, and its words in `steering_topics.toml`.
-Every condition writes 50 replies of 60 tokens to "Once upon a time"; "asked" has "A story about TOPIC. Once upon a time"
+Each condition writes 50 replies of 60 tokens to "Once upon a time"; "asked" has "A story about TOPIC. Once upon a time"
 instead. A cell is the share of replies with a word of the topic (95% interval after Wilson), and the perplexity of the
 replies under the unsteered model.
 """
