@@ -44,6 +44,6 @@ def logprobs(engine: Engine, texts: Sequence[Text], sets: Sequence[SteeringSet])
         span = plan_span(tokens_BT, [0] * len(rows), counts, None, [len(texts[n].prompt) for n in part])
         with torch.inference_mode():
             logits_BTV = engine.model.forward(tokens_BT, lengths_B=counts, hooks=steerers.hooks, span=span)
-            for place, n in enumerate(part):
-                first, end = len(texts[n].prompt) - 1, counts[place] - 1
-                yield logits_BTV[place, first:end].float().log_softmax(-1)
+        for place, n in enumerate(part):  # outside: the mode is the thread's, and would be the caller's at a yield
+            first, end = len(texts[n].prompt) - 1, counts[place] - 1
+            yield logits_BTV[place, first:end].float().log_softmax(-1)

@@ -260,6 +260,6 @@ def test_the_command_prints_and_writes_every_metric(
         (("--max-tokens", "0"), "--max-tokens is 0"),
         (("--report", "nowhere/r.md"), "no folder `nowhere`"),
         (("--held-out", "2"), "share is 2"),
-        (("--sae", "none"), "none"),
+        (("--sae", "none"), "this reads one SAE, and 2 are given"),
     ):
         assert why in run(*arguments, code=1)[1]
