@@ -335,7 +335,7 @@ class SteeringPanel(Widget, can_focus=True):
         if value is not None and edit.kind != "scale":
             rows.append([(self._slider(edit, value, width), muted)])
         timing = "  ".join(each for each in edit.clauses if each.split()[0] in ("when", "for", "ramp", "decay"))
-        rows += [[(palette.fit(f"     {timing}", width), muted)]] if timing else []
+        rows += [[("     " + palette.fit(timing, width - 5), muted)]] if timing else []
         fired = self._fired(edit)
         facts = self._facts(edit, value)
         if fired and wide:
