@@ -106,6 +106,8 @@ class SteerApp(App[int]):
         self.push_screen(self.chat)
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, not Unix
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.action_interrupt)
+            # A terminal that is gone reads as an endless end of file, at which the driver would spin.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit, int(ExitCode.INTERRUPTED))
         self.call_after_refresh(self.loader.start)
 
     def _load(self) -> None:

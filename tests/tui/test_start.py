@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from app import SteerApp
 from steer.config import Settings
-from steer.errors import SteerError
+from steer.errors import ExitCode, SteerError
 from tests.tui.conftest import Driver, session_of
 from tests.tui.fake_engine import FakeEngine
 
@@ -137,3 +138,12 @@ async def test_a_theme_that_is_not_there_ends_the_start() -> None:
     async with app.run_test() as pilot:
         await Driver(app, pilot).settle()
     assert app.return_code == 1 and "there is no theme `puce`" in str(app.error)
+
+
+async def test_a_terminal_that_goes_away_ends_the_app() -> None:
+    app = SteerApp(lambda: FakeEngine("a"), Settings(pace=0), {})
+    async with app.run_test() as pilot:
+        await pilot.pause(0.2)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await pilot.pause(0.2)
+        assert app.return_value == ExitCode.INTERRUPTED
