@@ -26,8 +26,7 @@ from steer.compare import repeated
 from steer.edits import Edit, SteeringSet, Strength
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.events import PromptRead, TokenEvent
-from steer.likelihood import Text, logprobs
+from steer.likelihood import Text, logprobs, write
 from steer.session import Prompt, Sampling
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
@@ -138,28 +137,9 @@ class Calibrator:
     def _write(self, asks: Sequence[tuple[str, bool]], sets: SteeringSet | Sequence[SteeringSet]) -> list[_Written]:
         """A reply to each prompt."""
         each = [sets] * len(asks) if isinstance(sets, SteeringSet) else list(sets)
-        prompts: list[tuple[int, ...]] = [()] * len(asks)
-        replies: list[list[int]] = [[] for _ in asks]
-        shown = [prompt for prompt, _ in asks]
-        events = self.engine.stream(
-            [Prompt(text=prompt) for prompt, _ in asks],
-            each,
-            sampling=self.sampling,
-            seeds=[self.seed] * len(asks),
-            max_tokens=self.tokens,
-            hits=False,
-            alternatives=0,
-        )
-        for event in events:
-            if isinstance(event, PromptRead):
-                prompts[event.row] = tuple(token.token for token in event.tokens)
-            elif isinstance(event, TokenEvent):
-                replies[event.row].append(event.token)
-                shown[event.row] += event.text
-        return [
-            _Written(Text(prompt, tuple(reply)), text, near)
-            for prompt, reply, text, (_, near) in zip(prompts, replies, shown, asks, strict=True)
-        ]
+        prompts, seeds = [Prompt(text=prompt) for prompt, _ in asks], [self.seed] * len(asks)
+        written = write(self.engine, prompts, each, seeds, self.tokens, self.sampling)
+        return [_Written(text, ask + said, near) for (ask, near), (text, said) in zip(asks, written, strict=True)]
 
     def _measure(
         self,

@@ -30,8 +30,7 @@ import torch
 from steer.edits import Edit, SteeringSet, Strength
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.events import PromptRead, TokenEvent
-from steer.likelihood import Text, logprobs
+from steer.likelihood import Text, logprobs, write
 from steer.session import Prompt, Sampling
 from train.intervals import DocumentSums, Metric, share
 
@@ -90,7 +89,9 @@ def run_controls(
         rows = _plan(engine, edit, prompts, asked, seeds, Path(folder))
         replies: list[tuple[Text, str]] = []
         for start in range(0, len(rows), ROWS):
-            replies += _write(engine, rows[start : start + ROWS], tokens, sampling or engine.defaults)
+            part = rows[start : start + ROWS]
+            prompted, sets, drawn = [r.prompt for r in part], [r.steering for r in part], [r.seed for r in part]
+            replies += write(engine, prompted, sets, drawn, tokens, sampling or engine.defaults)
             on_done(len(replies), len(rows))
     found = []
     for name in CONDITIONS:
@@ -136,28 +137,6 @@ def _plan(
                 ask = plainly if name == "asked" else prompt
                 rows.append(_Row(name, ask, ask.text or "", SteeringSet((one,) if one else ()), number))
     return rows
-
-
-def _write(engine: Engine, rows: Sequence[_Row], tokens: int, sampling: Sampling) -> list[tuple[Text, str]]:
-    """The replies of some rows, as tokens and as text."""
-    prompts: list[tuple[int, ...]] = [()] * len(rows)
-    replies: list[list[int]] = [[] for _ in rows]
-    texts = [""] * len(rows)
-    for event in engine.stream(
-        [row.prompt for row in rows],
-        [row.steering for row in rows],
-        sampling=sampling,
-        seeds=[row.seed for row in rows],
-        max_tokens=tokens,
-        hits=False,
-        alternatives=0,
-    ):
-        if isinstance(event, PromptRead):
-            prompts[event.row] = tuple(token.token for token in event.tokens)
-        elif isinstance(event, TokenEvent):
-            replies[event.row].append(event.token)
-            texts[event.row] += event.text
-    return [(Text(prompt, tuple(reply)), text) for prompt, reply, text in zip(prompts, replies, texts, strict=True)]
 
 
 def _count(engine: Engine, name: str, mine: Sequence[tuple[_Row, tuple[Text, str]]], topic: set[str]) -> Control:

@@ -1,4 +1,4 @@
-"""How likely given replies are, token by token, with edits or without: one teacher-forced pass over a batch of texts.
+"""Replies of a batch, and how likely they are token by token, with edits or without: one teacher-forced pass over them.
 
 Letters: B rows, T tokens, V vocabulary.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 from llama_3.model import plan_span
 from steer.edits import SteeringSet
 from steer.engine import Engine
+from steer.events import PromptRead, TokenEvent
+from steer.session import Prompt, Sampling
 from steer.steerers import Steerers
 
 MOST_LOGITS = 1 << 26
@@ -26,6 +28,29 @@ class Text:
 
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
+
+
+def write(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sets: Sequence[SteeringSet],
+    seeds: Sequence[int],
+    tokens: int,
+    sampling: Sampling,
+) -> list[tuple[Text, str]]:
+    """A reply to each prompt with its set, as tokens and as text."""
+    read: list[tuple[int, ...]] = [()] * len(prompts)
+    replies: list[list[int]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
+    for event in engine.stream(
+        prompts, sets, sampling=sampling, seeds=seeds, max_tokens=tokens, hits=False, alternatives=0
+    ):
+        if isinstance(event, PromptRead):
+            read[event.row] = tuple(token.token for token in event.tokens)
+        elif isinstance(event, TokenEvent):
+            replies[event.row].append(event.token)
+            texts[event.row] += event.text
+    return [(Text(ids, tuple(reply)), text) for ids, reply, text in zip(read, replies, texts, strict=True)]
 
 
 def logprobs(engine: Engine, texts: Sequence[Text], sets: Sequence[SteeringSet]) -> Iterator[Tensor]:
