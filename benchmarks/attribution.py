@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from steer.attribution import why_token
+from steer.analysis.attribution import why_token
 from steer.engine import Engine
 from steer.resolve import hook_of
 from train.documents import read_texts

@@ -16,8 +16,8 @@ import tomllib
 from pathlib import Path
 from statistics import fmean
 
+from steer.analysis.controls import CONDITIONS, run_controls
 from steer.cli.controls import ASKS
-from steer.controls import CONDITIONS, run_controls
 from steer.edits import Edit
 from steer.engine import Engine
 from steer.session import Prompt

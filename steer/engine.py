@@ -160,7 +160,7 @@ class Engine:
         del header
         doubts = {}
         if folders not in ([], [DEMO_SAE]) or path != DEMO_MODEL:
-            from steer.checkup import glance
+            from steer.analysis.checkup import glance
 
             found = {hook: glance(transformer, one, tokenizer) for hook, one in saes.items()}
             doubts = {hook: doubt for hook, doubt in found.items() if doubt}

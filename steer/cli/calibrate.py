@@ -17,7 +17,7 @@ from steer.events import clean_line
 
 if TYPE_CHECKING:
     from labels.index import LabelIndex
-    from steer.calibrate import Calibrated
+    from steer.analysis.calibrate import Calibrated
     from steer.engine import Engine
 
 SPOTS = ("sweet", "cliff", "steerability")
@@ -40,7 +40,7 @@ def calibrate(
     """Measure effect and damage of a feature at rising strengths: sweet spot, cliff, steerability."""
     if tokens < 4:
         raise SteerError(f"--tokens is {tokens}", "give at least 4: repetition is counted in 4-grams")
-    from steer.calibrate import PROMPTS, STRENGTHS, Calibrator
+    from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator
 
     engine = engines.load_engine(settings)
     chosen = _latents(engine, latents or [], where)

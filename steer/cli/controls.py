@@ -16,7 +16,7 @@ from steer.events import clean_line
 from steer.session import Prompt, check_max_tokens
 
 if TYPE_CHECKING:
-    from steer.controls import Control
+    from steer.analysis.controls import Control
 
 ASKS = {True: "{prompt} It should be about {topic}.", False: "A story about {topic}. {prompt}"}
 """How a prompt asks for the topic, in a chat and in a text that goes on."""
@@ -47,7 +47,7 @@ def controls(
         (ask or ASKS[chat]).replace("{prompt}", text).replace("{topic}", words[0] if words else "") for text in texts
     ]
     limit = 60 if settings.max_tokens is None else check_max_tokens(settings.max_tokens)
-    from steer.controls import run_controls
+    from steer.analysis.controls import run_controls
 
     engine = engines.load_engine(settings)
     found = run_controls(

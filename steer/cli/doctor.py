@@ -2,8 +2,8 @@
 SAE the right one for it.
 
 Each check gives the value to show or raises what went wrong. Those of the model (`model_checks`) build on each other,
-and one whose ground is missing is left out. Where a model or an SAE is named, both are loaded and `steer.checkup` says
-whether they belong together.
+and one whose ground is missing is left out. Where a model or an SAE is named, both are loaded and
+`steer.analysis.checkup` says whether they belong together.
 """
 
 from __future__ import annotations

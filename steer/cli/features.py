@@ -15,7 +15,7 @@ from steer.events import clean, clean_line
 from steer.session import FeatureCard
 
 if TYPE_CHECKING:
-    from steer.contrast import Difference
+    from steer.analysis.contrast import Difference
 
 features = typer.Typer(help="Find features and look at them.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(features, name="features")
@@ -85,8 +85,8 @@ def contrast(
     The effect is Cliff's delta, with its 95% interval: +1, every text of A scores above every text of B; -1, below; 0,
     no difference. A star: of all starred ones, at most one in twenty is expected to be chance.
     """
-    from steer.contrast import LEVEL, fewest, read_side
-    from steer.contrast import contrast as compare
+    from steer.analysis.contrast import LEVEL, fewest, read_side
+    from steer.analysis.contrast import contrast as compare
 
     for name, value in (("--limit", limit), ("--max-texts", max_texts)):
         if value < 1:

@@ -15,7 +15,7 @@ from steer.errors import SteerError
 from steer.events import clean
 
 if TYPE_CHECKING:
-    from steer.patching import Cell, Patching
+    from steer.analysis.patching import Cell, Patching
 
 DRAWN = (".png", ".svg", ".pdf")
 

@@ -106,7 +106,7 @@ def _by_text(tokens: Sequence[TokenEvent], names: dict[int, str], aggregate: Agg
 
 def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int | None, json: bool) -> None:
     """The tokens with their log-likelihoods, and how those change when the latent is taken out."""
-    from steer.attribution import ablate
+    from steer.analysis.attribution import ablate
     from steer.resolve import hook_of
 
     if world() > 1:

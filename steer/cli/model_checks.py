@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer.analysis.prose import PARAGRAPH
 from steer.cli import engines
 from steer.cli.options import narrate
 from steer.config import DEMO_MODEL, DEMO_SAE, Settings
 from steer.errors import SteerError
-from steer.prose import PARAGRAPH
 
 if TYPE_CHECKING:
     from llama_3.config import ModelConfig
@@ -168,8 +168,8 @@ def _quantize(subject: Subject) -> str:
 
 
 def examine_sae(subject: Subject) -> list[dict[str, Any]]:
-    """What `steer.checkup` finds of the SAE beside its model, as the entries of the report."""
-    from steer.checkup import examine
+    """What `steer.analysis.checkup` finds of the SAE beside its model, as the entries of the report."""
+    from steer.analysis.checkup import examine
 
     engine = subject.engine
     assert engine.sae is not None

@@ -19,8 +19,8 @@ from steer.events import clean as cleaned
 
 if TYPE_CHECKING:
     from llama_3.hooks import HookPoint
+    from steer.analysis.patching import Patching
     from steer.engine import Engine
-    from steer.patching import Patching
 
 WIDTH = 8
 
@@ -67,7 +67,7 @@ def patch(
     points = _points(engine, at, bool(chosen))
     for latent in chosen:
         engine.card(latent)  # refuses one that there is not
-    from steer.patching import patch as run
+    from steer.analysis.patching import patch as run
 
     found = run(
         engine.model,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llama_3.hooks import HookPoint
     from llama_3.tokenizer import Tokenizer
     from sae.model import SAE
-    from steer.attribution import Choice, LatentEffect, WhyLatent, WhyToken
+    from steer.analysis.attribution import Choice, LatentEffect, WhyLatent, WhyToken
     from steer.engine import Engine
 
 CHECKED = 20
@@ -90,7 +90,7 @@ def _why_token(
     top: int | None,
     json: bool,
 ) -> None:
-    from steer.attribution import why_token
+    from steer.analysis.attribution import why_token
     from steer.resolve import hook_of
 
     assert engine.sae is not None
@@ -125,7 +125,7 @@ def _why_latent(
     top: int | None,
     json: bool,
 ) -> None:
-    from steer.attribution import why_latent
+    from steer.analysis.attribution import why_latent
     from steer.resolve import hook_of
 
     assert engine.sae is not None

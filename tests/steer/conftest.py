@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.checkup.glance", lambda model, sae, tokenizer: None)
+    monkeypatch.setattr("steer.analysis.checkup.glance", lambda model, sae, tokenizer: None)

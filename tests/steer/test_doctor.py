@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import save_sae
 from sae.model import SAE, SAEConfig
+from steer.analysis.prose import PARAGRAPH
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
-from steer.prose import PARAGRAPH
 from tests.tiny import hf_config, tiny_config, write_tiny_checkpoint
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]

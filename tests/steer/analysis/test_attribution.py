@@ -14,7 +14,7 @@ from llama_3.model import Transformer
 from sae.compiled import CompiledEdit, CompiledSet
 from sae.intervene import Steerer
 from sae.model import SAE
-from steer.attribution import STAND_INS, ablate, why_latent, why_token
+from steer.analysis.attribution import STAND_INS, ablate, why_latent, why_token
 from steer.errors import SteerError
 from tests.llama_3.test_model import oracle
 from tests.sae.reference import KINDS
@@ -112,7 +112,7 @@ def test_effects_are_those_of_hooks_on_transformers(models: tuple[Transformer, A
 def test_the_strongest_are_dealt_into_groups_that_go_halfway(
     models: tuple[Transformer, Any], kind: str, index: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steer.effects._GROUP_TOKENS", groups * index)
+    monkeypatch.setattr("steer.analysis.effects._GROUP_TOKENS", groups * index)
     model, theirs = models
     before = TOKENS[:index]
     found = why_token(model, TOKENIZER, sae_of(kind), HOOK, TOKENS, index)

@@ -21,10 +21,10 @@ from llama_3.hooks import HookPoint
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE
-from steer.attribution import Choice, readable
-from steer.effects import TOKENS_AT_ONCE, LatentParts
+from steer.analysis.attribution import Choice, readable
+from steer.analysis.effects import TOKENS_AT_ONCE, LatentParts
+from steer.analysis.replay import Replay
 from steer.errors import SteerError
-from steer.replay import Replay
 
 _EMBEDDED = HookPoint(0, "resid_pre")
 

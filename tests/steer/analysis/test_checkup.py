@@ -16,14 +16,14 @@ from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer, load_tokenizer
 from sae.checkpoint import load_sae, save_sae
 from sae.model import SAE, SAEConfig
-from steer.checkup import Finding, Recorded, examine, glance, most, suspicion
+from steer.analysis.checkup import Finding, Recorded, examine, glance, most, suspicion
+from steer.analysis.probing import in_float32, residuals, write_text
+from steer.analysis.readings import fit, normalise_readings, places
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
 from steer.edits import Edit
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.probing import in_float32, residuals, write_text
-from steer.readings import fit, normalise_readings, places
 from tests.tiny import byte_tokenizer, tiny_config, tiny_model
 
 STORIES = """\
@@ -111,7 +111,7 @@ class Demo:
 
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.checkup.PROBED", 120)
+    monkeypatch.setattr("steer.analysis.checkup.PROBED", 120)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_doctor_prints_the_checks(
 def test_nothing_is_steered_with_an_sae_that_fits_nothing(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steer.checkup.glance", glance)
+    monkeypatch.setattr("steer.analysis.checkup.glance", glance)
     wrong = SAE.of(demo.sae.config, {name: -weight for name, weight in demo.sae.weights.items()})
     wrong.stats = demo.sae.stats
     save_sae(tmp_path / "sae", wrong)

@@ -12,9 +12,9 @@ from llama_3.chat_format import ChatFormat
 from llama_3.checkpoint import load_model
 from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import load_sae
+from steer.analysis.contrast import By, contrast, discoveries, fewest, interval, p_values, read_side, superiority
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
-from steer.contrast import By, contrast, discoveries, fewest, interval, p_values, read_side, superiority
 from steer.engine import Engine
 from steer.errors import SteerError
 from train.errors import TrainError

@@ -18,7 +18,7 @@ from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Transformer
 from llama_3.sampling import Sampling
 from llama_3.tokenizer import Tokenizer
-from steer.prose import PARAGRAPH
+from steer.analysis.prose import PARAGRAPH
 
 TEXTS, ROUNDS = 16, 8
 """Texts that the model writes side by side, and how often it begins anew at most where they end early."""

@@ -8,7 +8,7 @@ import torch
 from llama_3.hooks import SITES, HookPoint, Hooks
 from llama_3.model import Transformer
 from llama_3.quantize import quantize_model
-from steer.replay import Replay
+from steer.analysis.replay import Replay
 from tests.tiny import tiny_config, tiny_model
 
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from llama_3.hooks import SITES, HookPoint, Hooks
 from llama_3.model import Transformer
 from sae.model import SAE
+from steer.analysis.patching import patch
 from steer.errors import SteerError
-from steer.patching import patch
 from tests.llama_3 import test_hook_sites as sites
 from tests.llama_3.test_model import oracle
 from tests.steer.test_sae_kinds import sae_of

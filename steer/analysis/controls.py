@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from steer.analysis.likelihood import Text, logprobs, write
 from steer.edits import Edit, SteeringSet, Strength
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.likelihood import Text, logprobs, write
 from steer.session import Prompt, Sampling
 from train.intervals import DocumentSums, Metric, share
 

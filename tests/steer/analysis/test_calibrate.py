@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from labels.index import Calibration, LabelIndex
-from steer.calibrate import Calibrator, Trial, judge
+from steer.analysis.calibrate import Calibrator, Trial, judge
+from steer.analysis.controls import CONDITIONS, run_controls
+from steer.analysis.likelihood import Text, logprobs
 from steer.cli import main
 from steer.config import DEMO_LABELS
-from steer.controls import CONDITIONS, run_controls
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.likelihood import Text, logprobs
 from steer.session import Prompt
 
 BOOK = 2229
@@ -88,7 +88,9 @@ def test_the_command_keeps_what_it_measured_and_goes_on(
     assert [entry["strength"] for entry in entries] == [0.0, 0.3, 1.5]
     assert {entry["latent"] for entry in entries} == {BOOK}
     shipped = DEMO_LABELS.read_bytes()
-    monkeypatch.setattr("steer.calibrate.Calibrator.calibrate", lambda *_: pytest.fail("it was measured before"))
+    monkeypatch.setattr(
+        "steer.analysis.calibrate.Calibrator.calibrate", lambda *_: pytest.fail("it was measured before")
+    )
     assert main(["calibrate", str(BOOK), "--json", *options]) == 0
     assert capsys.readouterr().out == first
     assert main(["features", "search", "is:calibrated sort:steer", "--json"]) == 0

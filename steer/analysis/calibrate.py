@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
+from steer.analysis.likelihood import Text, logprobs, write
 from steer.compare import repeated
 from steer.edits import Edit, SteeringSet, Strength
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.likelihood import Text, logprobs, write
 from steer.session import Prompt, Sampling
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)

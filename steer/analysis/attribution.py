@@ -2,7 +2,7 @@
 
 `why_token` says which latents pushed a token up or down, `why_latent` which earlier tokens (or latents of an SAE
 further down) made a latent fire, `ablate` what every token of a text loses when a latent is taken out. Each gives plain
-frozen dataclasses. How an effect is estimated is told in `steer/effects.py`, how the model is run in `steer/replay.py`;
+frozen dataclasses. How an effect is estimated is told in `effects.py`, how the model is run in `replay.py`;
 the reconstruction error is kept in all of them. They only read the model, so that they may run beside a reply.
 
 Positions are numbered as `steer inspect` numbers them, BOS being 0; there and on special tokens the SAE is not read.
@@ -26,9 +26,9 @@ from llama_3.hooks import SITES, HookPoint
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE
-from steer.effects import Effects, LatentParts, Metric, along, estimate, removals
+from steer.analysis.effects import Effects, LatentParts, Metric, along, estimate, removals
+from steer.analysis.replay import Replay
 from steer.errors import SteerError
-from steer.replay import Replay
 
 Order = Literal["raw", "normalised"]
 LIKELIEST = 5

@@ -1,7 +1,7 @@
 """Is this the right SAE for this model: what it costs on text, and which reading of it fits better, if any.
 
 `examine` measures the SAE as its folder says it is to be read (FVU, L0, rise in cross-entropy, by `train.evaluate`) and
-tries the readings of `steer/readings.py` on the first few hundred tokens of the same text. The verdict is relative: a
+tries the readings of `readings.py` on the first few hundred tokens of the same text. The verdict is relative: a
 reading is the right one where its FVU is clearly below that of the folder's (`BETTER`) and near what was recorded
 (`most`). Where nothing fits, the SAE is another model's. `suspicion` is the quick word on the same question, for
 whoever is about to steer; `glance` asks it of one paragraph.
@@ -27,9 +27,8 @@ from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.losses import fvu
 from sae.model import SAE
-from steer.errors import SteerError
-from steer.probing import first_tokens, in_float32, residuals, write_text
-from steer.readings import (
+from steer.analysis.probing import first_tokens, in_float32, residuals, write_text
+from steer.analysis.readings import (
     Fit,
     Reading,
     agreement,
@@ -40,6 +39,7 @@ from steer.readings import (
     places,
     weight_readings,
 )
+from steer.errors import SteerError
 from train.evaluate import assess, hook_point
 from train.intervals import Metric
 from train.text import Row, TextPlan, read_rows
