@@ -17,6 +17,7 @@ import torch
 
 from llama_3.config import ModelConfig
 from llama_3.model import Transformer
+from llama_3.packed import pack_model
 from llama_3.tokenizer import load_tokenizer
 from sae.model import SAE, SAEConfig
 from steer.config import DEMO_MODEL
@@ -35,6 +36,7 @@ def one_billion() -> Engine:
     model = Transformer(config).to(torch.bfloat16).eval().requires_grad_(False)
     tokenizer = load_tokenizer(DEMO_MODEL)
     model.embedding_VD[tokenizer.vocab_size :] = 0
+    pack_model(model)
     sae = SAE(SAEConfig(config.d_model, 32768, "topk", 32, "blocks.9.hook_resid_post"))
     sae.W_enc_FD.normal_(std=0.03)
     sae.W_dec_FD.normal_(std=0.03)

@@ -96,6 +96,10 @@ class Span:
         """bool: positions from the last prompt token on, whose outputs pick the reply; False on padding."""
         return (self.positions_BT >= 0) & (self.positions_BT >= self.prompt_lengths_B[:, None] - 1)
 
+    def head(self, rows: int) -> "Span":
+        """The span of the first rows alone."""
+        return Span(self.positions_BT[:rows], self.tokens_BT[:rows], self.rows[:rows], self.prompt_lengths_B[:rows])
+
 
 Hook = Callable[[Tensor, Span], Tensor]
 

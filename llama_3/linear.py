@@ -47,7 +47,12 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // weight.shape[1]
     if rows == 1:
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if rows < _FEW or x.is_cuda or not slow_here(x) or (torch.is_grad_enabled() and _wants_grad(x, weight)):
+    if (
+        rows < _FEW
+        or x.is_cuda
+        or not slow_here(x.device, x.dtype)
+        or (torch.is_grad_enabled() and _wants_grad(x, weight))
+    ):
         return F.linear(x, weight)
     x_RD = x.reshape(rows, -1)
     if x.dtype != torch.float32:
@@ -76,12 +81,12 @@ def _columns(x_RD: Tensor) -> Tensor:
 
 
 def _wants_grad(x: Tensor, weight: Tensor) -> bool:
-    return x.requires_grad or weight.requires_grad
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
-def slow_here(x: Tensor) -> bool:
-    """Whether torch's product of such rows is known to be slow: x86 without AVX-512, so without bf16 instructions."""
-    return x.device.type == "cpu" and x.dtype in _SLOW
+def slow_here(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's product of a few rows is known to be slow: x86 without AVX-512, so without bf16 instructions."""
+    return device.type == "cpu" and dtype in _SLOW
 
 
 def _slow_dtypes() -> frozenset[torch.dtype]:

@@ -19,8 +19,6 @@ Sums are float32 or int32, results in the dtype of the input, a row never depend
 input, not the weight. Letters: N outputs, K inputs, R rows, G groups, S inputs of a group, V vocabulary.
 """
 
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_3.errors import config_error
-from llama_3.linear import project, slow_here
+from llama_3.linear import slow_here
+from llama_3.packed import MATRICES, PackedLinear, agrees, fbgemm
 
 Scheme = Literal["int8", "int4"]
 
-_MATRICES = (("attention", "qkv"), ("attention", "out"), ("feed_forward", "gate_up"), ("feed_forward", "down"))
 _GROUPS = (64, 32)
 """Inputs that share a scale in int4: the first that divides a matrix is taken."""
 _BLOCK = 2**20
@@ -47,26 +45,13 @@ _TINY = 1e-34
 """Below every number that matters and far enough from zero to divide by."""
 
 
-class QuantizedLinear(nn.Module):
-    """`x @ weight.T` with a quantised weight, in the dtype of x. A subclass stores it and knows how to multiply.
+class QuantizedLinear(PackedLinear):
+    """A quantised weight."""
 
-    It stays on the device it was made for: what is stored has the order that this device's kernel wants.
-    """
-
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.dtype = n_in, n_out, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]  # torch's own is not typed
-            return product
-        return self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-
-    def multiply(self, x_RK: Tensor) -> Tensor:
+    def product(self, x_RK: Tensor) -> Tensor:
         """(R, N): rows times the weight. This one turns blocks of the weight back into numbers."""
         # Where bf16 is slow the block is multiplied as the float32 it is.
-        dtype = torch.float32 if slow_here(x_RK) else x_RK.dtype
+        dtype = torch.float32 if slow_here(x_RK.device, x_RK.dtype) else x_RK.dtype
         x, out_RN = x_RK.to(dtype), x_RK.new_empty(len(x_RK), self.out_features)
         for start, stop in _steps(self.out_features, self.in_features):
             out_RN[:, start:stop] = F.linear(x, self.dequantized(start, stop).to(dtype))
@@ -86,22 +71,6 @@ class QuantizedLinear(nn.Module):
         """The whole weight (N, K) in the model's dtype, made anew at each access."""
         blocks = [self.dequantized(start, stop) for start, stop in _steps(self.out_features, self.in_features)]
         return torch.cat([block.to(self.dtype) for block in blocks])
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-class _Product(torch.autograd.Function):
-    """The product of a `QuantizedLinear`, with the gradient of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.multiply(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], layer.out_features)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return project(grads[0], ctx.layer.weight.t().to(grads[0].dtype)), None
 
 
 def _steps(n_out: int, n_in: int) -> list[tuple[int, int]]:
@@ -123,10 +92,10 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scale_N", _fill_int8(weight_NK, int8_NK), persistent=False)
         self.register_buffer("int8_NK", int8_NK, persistent=False)
 
-    def multiply(self, x_RK: Tensor) -> Tensor:
+    def product(self, x_RK: Tensor) -> Tensor:
         if len(x_RK) < _MANY and _has_int8_kernel(x_RK.device, x_RK.dtype):
             return torch._weight_int8pack_mm(x_RK.contiguous(), self.int8_NK, self.scale_N.to(x_RK.dtype))
-        return super().multiply(x_RK)
+        return super().product(x_RK)
 
     def dequantized(self, start: int, stop: int) -> Tensor:
         return self.int8_NK[start:stop] * self.scale_N[start:stop, None]
@@ -144,7 +113,7 @@ class SplitInt8Linear(QuantizedLinear):
         self._shares = torch.tensor([[1 / 63.0, 1 / (63.0 * 126.0)]])
         self._at_once = max(16, 2**21 // n_out)
 
-    def multiply(self, x_RK: Tensor) -> Tensor:
+    def product(self, x_RK: Tensor) -> Tensor:
         if len(x_RK) == 1:
             largest = x_RK.abs().max().float().clamp_min_(_TINY)
             parts = x_RK * (self._units / largest)
@@ -152,7 +121,7 @@ class SplitInt8Linear(QuantizedLinear):
             low.sub_(high.round_(), alpha=126.0)
             return torch.mm(self._shares * largest, _fbgemm(parts, 1.0, 64, self._packed)).to(x_RK.dtype)
         if len(x_RK) > self._at_once:
-            return torch.cat([self.multiply(some) for some in torch.split(x_RK, self._at_once)])
+            return torch.cat([self.product(some) for some in torch.split(x_RK, self._at_once)])
         return self._split(x_RK)
 
     def _split(self, x_RK: Tensor) -> Tensor:
@@ -189,33 +158,25 @@ def _fill_int8(weight_NK: Tensor, out_NK: Tensor) -> Tensor:
 
 
 _fbgemm = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-_engine_lock = threading.Lock()
 
 
 def _pack_fbgemm(weight_NK: Tensor) -> Any:
     """The weight as fbgemm keeps it. Besides it and the original there is one int8 copy for the time of packing."""
     n_out, n_in = weight_NK.shape
-    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these tensors are to leave torch one day; `_has_fbgemm` will notice
+    with torch.inference_mode(False), torch.no_grad(), fbgemm():
         int8_NK = torch.empty(n_out, n_in, dtype=torch.int8)
         scale_N = _fill_int8(weight_NK, int8_NK)
         zero_N = torch.zeros(n_out, dtype=torch.long)
         quantized = torch._make_per_channel_quantized_tensor(int8_NK, scale_N.double(), zero_N, 0)
         del int8_NK
-        with _engine_lock:  # the engine is the whole process's; what is packed remembers it
-            engine = torch.backends.quantized.engine
-            torch.backends.quantized.engine = "fbgemm"
-            try:
-                return torch.ops.quantized.linear_prepack(quantized, None)
-            finally:
-                torch.backends.quantized.engine = engine
+        return torch.ops.quantized.linear_prepack(quantized, None)
 
 
 @cache
 def _has_fbgemm() -> bool:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
-    return _agrees(SplitInt8Linear, torch.device("cpu"), torch.float32)
+    return agrees(SplitInt8Linear, torch.device("cpu"), torch.float32)
 
 
 @cache
@@ -228,18 +189,6 @@ def _has_int8_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return bool((y == 64).all())
-
-
-def _agrees(kind: Callable[[Tensor], QuantizedLinear], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel runs on this device and gives what its own weight gives."""
-    weight = torch.linspace(-1, 1, 128 * 128, device=device).view(128, 128).roll(37, 1).to(dtype)
-    x = torch.linspace(-1, 2, 128, device=device)[None].to(dtype)
-    try:
-        layer = kind(weight)
-        y, plain = layer(x).float(), F.linear(x.float(), layer.weight.float())
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
-    return bool(((y - plain).norm() < 0.02 * plain.norm()).all())
 
 
 class Int4Linear(QuantizedLinear):
@@ -283,9 +232,9 @@ class PackedInt4Linear(Int4Linear):
     def pack(self, codes_NK: Tensor) -> Tensor:
         return torch._convert_weight_to_int4pack_for_cpu(codes_NK.int(), 1).view(len(codes_NK), -1)
 
-    def multiply(self, x_RK: Tensor) -> Tensor:
+    def product(self, x_RK: Tensor) -> Tensor:
         if len(x_RK) >= _MANY:
-            return super().multiply(x_RK)
+            return super().product(x_RK)
         x = x_RK.to(torch.bfloat16).contiguous()
         return torch._weight_int4pack_mm_for_cpu(x, self.nibbles_NJ, self.group, self.scale_zero_GN2).to(x_RK.dtype)
 
@@ -302,14 +251,14 @@ class CudaInt4Linear(Int4Linear):
     def pack(self, codes_NK: Tensor) -> Tensor:
         return torch._convert_weight_to_int4pack(codes_NK[:, ::2] << 4 | codes_NK[:, 1::2], 8)
 
-    def multiply(self, x_RK: Tensor) -> Tensor:
+    def product(self, x_RK: Tensor) -> Tensor:
         x = x_RK.to(torch.bfloat16).contiguous()
         return torch._weight_int4pack_mm(x, self.nibbles_NJ, self.group, self.scale_zero_GN2).to(x_RK.dtype)
 
     @property
     def weight(self) -> Tensor:
         eye = torch.eye(self.in_features, device=self.nibbles_NJ.device, dtype=torch.bfloat16)
-        return self.multiply(eye).t().to(self.dtype)  # the kernel's order is its own: ask it for every input
+        return self.product(eye).t().to(self.dtype)  # the kernel's order is its own: ask it for every input
 
 
 def group_size(n_in: int) -> int | None:
@@ -348,7 +297,7 @@ def _cpu_order() -> tuple[int, Tensor]:
 
 @cache
 def _has_int4_kernel(device: torch.device) -> bool:
-    return _agrees(PackedInt4Linear if device.type == "cpu" else CudaInt4Linear, device, torch.bfloat16)
+    return agrees(PackedInt4Linear if device.type == "cpu" else CudaInt4Linear, device, torch.bfloat16)
 
 
 def quantized(weight_NK: Tensor, scheme: Scheme) -> QuantizedLinear | None:
@@ -375,7 +324,7 @@ def quantizer(scheme: Scheme, keep: int = 0) -> Callable[[nn.Module, int], None]
     def finish(block: nn.Module, layer: int) -> None:
         if layer < keep:
             return
-        for part, name in _MATRICES:
+        for part, name in MATRICES:
             parent = getattr(block, part)
             layer_ = quantized(getattr(parent, name).weight, scheme)
             if layer_ is not None:

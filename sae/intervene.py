@@ -48,6 +48,7 @@ class SpanLike(Protocol):
     def generated_BT(self) -> Tensor: ...
     @property
     def prompt_lengths_B(self) -> Tensor: ...
+    def head(self, rows: int) -> SpanLike: ...
 
 
 Trace = Tensor
@@ -114,9 +115,19 @@ class Steerer:
     """By row and edit, one per call in which the edit was in the row's set."""
     applied: dict[int, int] = field(default_factory=dict)
     """Forward passes in which a row's set had at least one live edit."""
+    passing: Collection[int] = ()
+    """Rows that are neither read nor edited; they stand behind all others in a batch."""
     _special: Tensor | None = None
 
     def __call__(self, resid_BTD: Tensor, span: SpanLike) -> Tensor:
+        rows = sum(row not in self.passing for row in span.rows)
+        if rows == len(span.rows):
+            return self._run(resid_BTD, span)
+        ours_RTD = resid_BTD[:rows]
+        edited_RTD = self._run(ours_RTD, span.head(rows)) if rows else ours_RTD
+        return resid_BTD if edited_RTD is ours_RTD else torch.cat([edited_RTD, resid_BTD[rows:]])
+
+    def _run(self, resid_BTD: Tensor, span: SpanLike) -> Tensor:
         groups: dict[CompiledSet, list[int]] = {}
         for place, row in enumerate(span.rows):
             compiled = self.sets.get(row, NO_EDITS)
@@ -138,8 +149,9 @@ class Steerer:
         last_BT = positions_BT == span.prompt_lengths_B[:, None].to(positions_BT.device) - 1
         edited_BTD = resid_BTD.clone()
         for compiled, places in groups.items():
-            whole = len(places) == len(span.rows)
-            pick = slice(None) if whole else torch.tensor(places, device=x_BTD.device)
+            begin, end = places[0], places[-1] + 1
+            together = len(places) == end - begin  # rows beside each other are looked at where they lie
+            pick = slice(begin, end) if together else torch.tensor(places, device=x_BTD.device)
             rows, masks = [span.rows[place] for place in places], (real_BT, readable_BT, span.generated_BT, last_BT)
             where = Where(rows, positions_BT[pick], *(mask[pick] for mask in masks))
             f = Latents(latents.indices[pick], latents.values[pick]) if latents is not None else None

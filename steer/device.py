@@ -105,6 +105,8 @@ def check_fit(
 
     def fit_of(device: str, dtype: torch.dtype, scheme: str | None) -> Fit:
         parts = estimate(config, dtype, scheme, kept_layers) | {"SAE": sae_bytes}
+        if config.tied and not scheme and quicker(torch.device(device), dtype):  # beside the embedding
+            parts["packed output matrix"] = config.vocab_size * config.d_model * dtype.itemsize
         return Fit(parts, available_memory(device))
 
     fit = fit_of(placement.device, stored, quantize)

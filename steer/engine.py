@@ -25,6 +25,7 @@ from llama_3.gguf_file import hold_header
 from llama_3.hooks import HookPoint, Hooks
 from llama_3.hub import model_name, resolve_model
 from llama_3.model import Transformer
+from llama_3.packed import pack_block, pack_head
 from llama_3.parallel import AgreedStop, agree, load_parallel, main_first, own_device, share, together, world
 from llama_3.quantize import Scheme, quantize_head, quantizer
 from llama_3.sampling import Sampling as TokenSampling
@@ -151,10 +152,19 @@ class Engine:
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
         else:
-            finish = quantizer(quantize, keep) if quantize else None
+            quantise = quantizer(quantize, keep) if quantize else None
+
+            def finish(block: torch.nn.Module, layer: int) -> None:
+                if quantise is not None:
+                    quantise(block, layer)
+                if not compile:  # the compiler does not know packed weights
+                    pack_block(block)
+
             transformer = load_model(path, where.dtype, where.device, finish=finish)
-        if quantize:
-            quantize_head(transformer)  # in int8 always: 4 bits cost the most there
+            if quantize:
+                quantize_head(transformer)  # in int8 always: 4 bits cost the most there
+            elif not compile:
+                pack_head(transformer)
         if compile:
             transformer.compile_blocks()
         del header
@@ -244,7 +254,8 @@ class Engine:
         assert len(rows) == len(seeds) == len(each), "one seed and one sampling per row"
         token_sampling = [TokenSampling(**asdict(one)) for one in each]
         special, said = self.tokenizer.special_ids, {number: row.said for number, row in enumerate(rows)}
-        steerers = Steerers(self.saes, self.resolver, special, hits and bool(self.saes), said)
+        shadows = range(len(rows), len(rows) + len(watch))
+        steerers = Steerers(self.saes, self.resolver, special, hits and bool(self.saes), said, shadows)
         replies = Replies(
             self.model,
             self.tokenizer,

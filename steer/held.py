@@ -102,8 +102,8 @@ class Held:
         for _ in rerun(model, self.cache, tokens, fresh, row=row, prompt_length=prompt_length, hooks=hooks):
             end = self.cache.lengths[0]
             self.sets[fresh:end] = [steerers.at(row, p, prompt_length) for p in range(fresh, end)]
-            if again:
-                self.hits[fresh:end] = steerers.hits()[row]
+            if again and (found := steerers.hits().get(row)):
+                self.hits[fresh:end] = found
             fresh = end
             if stop.is_set():
                 break

@@ -6,7 +6,7 @@ Hits come from the first SAE. What acts at a position can be asked for, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,8 @@ class Steerers:
     """Whether the latents of every token are asked for."""
     said: Mapping[int, Ranges] = field(default_factory=dict)
     """By row, the positions of what the assistant said in earlier turns."""
+    shadows: Collection[int] = ()
+    """Rows that are neither read nor edited."""
     hooks: Hooks = field(default_factory=Hooks)
     _at: dict[HookPoint, Steerer] = field(default_factory=dict)
     _compiled: dict[SteeringSet, Compiled] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Steerers:
 
     def _stand(self, point: HookPoint) -> None:
         steerer = Steerer(self.saes.get(point), self.special)
-        steerer.gate.assistant = self.said
+        steerer.gate.assistant, steerer.passing = self.said, self.shadows
         self._at[point] = steerer
         self.hooks.add(point, steerer)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_3 import quantize
+from llama_3 import packed, quantize
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.linear import Linear
 from llama_3.quantize import (
@@ -179,9 +179,9 @@ def test_a_kernel_that_is_wrong_or_raises_is_not_used() -> None:
         def multiply(self, x_RK: Tensor) -> Tensor:
             raise NotImplementedError("no kernel")
 
-    assert quantize._agrees(Int8Linear, CPU, torch.float32)
-    assert not quantize._agrees(Wrong, CPU, torch.float32)
-    assert not quantize._agrees(Missing, CPU, torch.float32)
+    assert packed.agrees(Int8Linear, CPU, torch.float32)
+    assert not packed.agrees(Wrong, CPU, torch.float32)
+    assert not packed.agrees(Missing, CPU, torch.float32)
 
 
 def test_packing_leaves_the_engine_of_the_process_as_it_was() -> None:
