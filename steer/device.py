@@ -19,6 +19,7 @@ from llama_3.checkpoint import parameter_count, stored_dtype
 from llama_3.config import ModelConfig
 from llama_3.generate import PREFILL_CHUNK
 from llama_3.hub import model_name
+from llama_3.packed import quicker
 from llama_3.ranks import world
 from sae.model import LARGE, SAEConfig
 from sae.screen import MARGIN
