@@ -3,8 +3,9 @@
     python benchmarks/compare.py                  # the shipped model
     python benchmarks/compare.py --model 1b       # random weights in the shape of Llama 3.2 1B, bfloat16 (3 GB)
 
-Single replies and comparisons of one prompt, edit and seed take turns. Prints one JSON line for each with the median
-and best of its seconds, and the ratio to a single reply.
+Single replies and comparisons of one prompt, edit and seed take turns, each with the weights as its command loads them:
+a comparison's are packed for several rows. Prints one JSON line for each with the median and best of its seconds, and
+the ratio to a single reply.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from steer.engine import Engine
 from steer.session import Prompt, Sampling
 
 
-def one_billion() -> Engine:
+def one_billion(many: bool) -> Engine:
     """Llama 3.2 1B's shape with the demo's tokenizer; only that tokenizer's words are ever the likeliest."""
     config = ModelConfig(
         vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=8192, norm_eps=1e-5,
@@ -36,7 +37,8 @@ def one_billion() -> Engine:
     model = Transformer(config).to(torch.bfloat16).eval().requires_grad_(False)
     tokenizer = load_tokenizer(DEMO_MODEL)
     model.embedding_VD[tokenizer.vocab_size :] = 0
-    pack_model(model)
+    if many:
+        pack_model(model)
     sae = SAE(SAEConfig(config.d_model, 32768, "topk", 32, "blocks.9.hook_resid_post"))
     sae.W_enc_FD.normal_(std=0.03)
     sae.W_dec_FD.normal_(std=0.03)
@@ -60,17 +62,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    engine = Engine.load(threads=arguments.threads) if arguments.model == "demo" else one_billion()
+    one, many = (
+        Engine.load(threads=arguments.threads, many=many) if arguments.model == "demo" else one_billion(many)
+        for many in (False, True)
+    )
     plain, pushed = SteeringSet(), SteeringSet((Edit.parse("5 +20 on generated"),))
     prompt = Prompt(text="Once upon a time there was a little dog who wanted to see the sea.")
     ways = {
-        "single": ([pushed], []),
-        "compare": ([plain, pushed], [1]),
-        "compare, spliced": ([plain, pushed, SteeringSet(error="drop")], [1, 2]),
+        "single": (one, [pushed], []),
+        "single, packed": (many, [pushed], []),
+        "compare": (many, [plain, pushed], [1]),
+        "compare, spliced": (many, [plain, pushed, SteeringSet(error="drop")], [1, 2]),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(arguments.rounds + 1):
-        for name, (sets, watch) in ways.items():
+        for name, (engine, sets, watch) in ways.items():
             spent = seconds(engine, prompt, sets, watch, arguments.tokens)
             if number:
                 taken[name].append(spent)
@@ -80,7 +86,7 @@ def main() -> None:
         print(
             json.dumps({
                 "what": name, "model": arguments.model, "tokens": arguments.tokens, "threads": arguments.threads,
-                "dtype": engine.info.dtype, "median_s": round(median, 4), "best_s": round(min(values), 4),
+                "dtype": one.info.dtype, "median_s": round(median, 4), "best_s": round(min(values), 4),
                 "ratio": round(median / single, 3),
             })
         )  # fmt: skip

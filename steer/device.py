@@ -97,8 +97,10 @@ def check_fit(
     quantize: str | None = None,
     sae_bytes: int = 0,
     kept_layers: int = 0,
+    packed: bool = False,
 ) -> Fit:
-    """What the model at `path` will take, before it is loaded; `kept_layers` of its blocks are not quantised.
+    """What the model at `path` will take, before it is loaded; `kept_layers` of its blocks are not quantised, and its
+    weights are `packed` for many rows.
 
     A `SteerError` with both figures where that exceeds what is free; its hint names what would fit.
     """
@@ -106,7 +108,7 @@ def check_fit(
 
     def fit_of(device: str, dtype: torch.dtype, scheme: str | None) -> Fit:
         parts = estimate(config, dtype, scheme, kept_layers) | {"SAE": sae_bytes}
-        if config.tied and not scheme and quicker(torch.device(device), dtype):  # beside the embedding
+        if config.tied and packed and not scheme and quicker(torch.device(device), dtype):  # beside the embedding
             parts["packed output matrix"] = config.vocab_size * config.d_model * dtype.itemsize
         return Fit(parts, available_memory(device))
 

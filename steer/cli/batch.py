@@ -87,7 +87,7 @@ def batch(
                 narrate(
                     f"--batch-size was {results.resized}: from here on the last digits may be others than with that"
                 )
-            engine = engines.load_engine(settings)
+            engine = engines.load_engine(settings, many=True)
             if engine.info.notice:
                 narrate(engine.info.notice)
             if recipe:

@@ -42,7 +42,7 @@ def calibrate(
         raise SteerError(f"--tokens is {tokens}", "give at least 4: repetition is counted in 4-grams")
     from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator
 
-    engine = engines.load_engine(settings)
+    engine = engines.load_engine(settings, many=True)
     chosen = _latents(engine, latents or [], where)
     lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else PROMPTS
     calibrator = Calibrator(

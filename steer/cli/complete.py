@@ -68,7 +68,8 @@ def complete(
     texts = prompts or []
     if texts in ([], ["-"]):
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
-    engine = engines.make_engine(settings, chat=chat, recipe=recipe)
+    many = beside or spliced or len(texts) > 1
+    engine = engines.make_engine(settings, chat=chat, recipe=recipe, many=many)
     for one in steering.live:
         engine.check(one)
     context = engine.info.context

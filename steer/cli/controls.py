@@ -49,7 +49,7 @@ def controls(
     limit = 60 if settings.max_tokens is None else check_max_tokens(settings.max_tokens)
     from steer.analysis.controls import run_controls
 
-    engine = engines.load_engine(settings)
+    engine = engines.load_engine(settings, many=True)
     found = run_controls(
         engine,
         parsed,

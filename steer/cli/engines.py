@@ -27,14 +27,16 @@ class InspectingEngine(EngineLike, Protocol):
     def inspect(self, text: str, *, chat: bool = False) -> tuple[TokenEvent, ...]: ...
 
 
-def make_engine(settings: Settings, *, chat: bool = False, recipe: Path | None = None) -> InspectingEngine:
+def make_engine(
+    settings: Settings, *, chat: bool = False, recipe: Path | None = None, many: bool = False
+) -> InspectingEngine:
     """The engine that the settings ask for; says on stderr when it runs without features.
 
     To a person who chose a model it also says where that runs and why, and how a `chat` is written for it; scripts and
     the demo are not told every time. What differs from where a `recipe` was made is told to all; `SteerError` when it
     cannot run here.
     """
-    engine = load_engine(settings)
+    engine = load_engine(settings, many=many)
     info = engine.info
     if settings.model and on_screen():
         narrate(f"{info.model} on {info.device} in {info.dtype}" + (f" ({info.reason})" if info.reason else ""))
@@ -61,8 +63,9 @@ def on_screen() -> bool:
     return sys.stderr.isatty()
 
 
-def load_engine(settings: Settings) -> Engine:
-    """The engine itself, with the model and the SAE that capture and training need."""
+def load_engine(settings: Settings, *, many: bool = False) -> Engine:
+    """The engine itself, with the model and the SAE that capture and training need; ready to write `many` replies
+    beside each other."""
     from steer.engine import Engine
 
     return Engine.load(
@@ -76,6 +79,7 @@ def load_engine(settings: Settings) -> Engine:
         chat_format=settings.chat_format,
         quantize_all=settings.quantize_all,
         compile=settings.compile,
+        many=many,
         trust_sae=settings.trust_sae,
     )
 

@@ -97,7 +97,7 @@ def test_float32_weights_are_left_alone() -> None:
 
 def test_the_demo_is_packed_where_that_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "quicker", lambda device, dtype: dtype == torch.bfloat16)
-    packing = Engine.load().model
+    packing = Engine.load(many=True).model
     assert sum(isinstance(part, HalfLinear) for part in packing.modules()) == 4 * packing.config.n_layers + 1
     assert sum(isinstance(part, Linear) for part in packing.modules()) == 0
     reference, tokens = load_model(DEMO_MODEL), torch.tensor([list(range(100, 140))])
@@ -106,8 +106,12 @@ def test_the_demo_is_packed_where_that_is_quicker(monkeypatch: pytest.MonkeyPatc
     assert (ours - theirs).norm() <= 0.01 * theirs.norm()
 
 
+def test_one_reply_runs_from_the_weights_as_they_are() -> None:
+    assert not any(isinstance(part, HalfLinear) for part in Engine.load().model.modules())
+
+
 def test_what_is_compiled_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "quicker", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(Transformer, "compile_blocks", lambda self: None)
     monkeypatch.setattr("steer.engine._has_compiler", lambda: True)
-    assert not any(isinstance(part, HalfLinear) for part in Engine.load(compile=True).model.modules())
+    assert not any(isinstance(part, HalfLinear) for part in Engine.load(compile=True, many=True).model.modules())
