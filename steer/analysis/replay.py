@@ -4,8 +4,8 @@ What an analysis asks of a model is a few runs over the same tokens that differ 
 below that place once, in the model's own dtype and through its own code, so that what stands there is what a reply
 reads. The layers above it run in float32 from the same weights, whatever they are stored in: the effect of one latent
 is often a thousandth, and bfloat16 logits differ by more than that from rounding alone. Weights become float32 one
-block at a time, and a backward pass makes them again, so that no second model is ever in memory. A quantised weight
-counts as the numbers that it stands for.
+block at a time, and a backward pass makes them again, so that no second model is ever in memory; those of a small model
+are kept. A quantised weight counts as the numbers that it stands for.
 
 Suffixes: B runs, T tokens, D width at the hook point, R rows of logits, V vocabulary.
 """
@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from llama_3.checkpoint import parameter_count
 from llama_3.hooks import HookPoint, Hooks, Span
 from llama_3.model import Block, Reading, Tap, Transformer, plan_reading, plan_span
 
 _BETWEEN = ("resid_pre", "resid_post")
 """Sites between two blocks: what stands there is all that the blocks above it read."""
+_SMALL = 1 << 27
+"""Numbers of a model whose blocks are kept in float32 for as long as a replay lives."""
 _HEAD_ROWS = 1 << 14
 """Rows of the output matrix that are float32 at one time."""
 
@@ -65,6 +68,8 @@ class Replay:
         self.x_TD = found[start]
         self._base_TD = None if start.site in _BETWEEN else found[HookPoint(start.layer, "resid_pre")]
         self._first = start.layer + (start.site == "resid_post")
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._keeps = parameter_count(model.config) <= _SMALL
 
     @staticmethod
     def needs(start: HookPoint) -> tuple[HookPoint, ...]:
@@ -99,12 +104,19 @@ class Replay:
         return resid_BTD, found
 
     def _block(self, layer: int, reading: Reading, tap: Tap | None, resid_BTD: Tensor) -> Tensor:
-        block = self.model.blocks[layer]
         with torch.device("meta"):
             plain = Block(self.model.config, layer)
-        weights = {name: attrgetter(name)(block).detach().float() for name, _ in plain.named_parameters()}
-        out: Tensor = functional_call(plain, weights, (resid_BTD, reading, None, tap))
+        out: Tensor = functional_call(plain, self._weights(layer, plain), (resid_BTD, reading, None, tap))
         return out
+
+    def _weights(self, layer: int, plain: Block) -> dict[str, Tensor]:
+        if layer in self._kept:
+            return self._kept[layer]
+        block = self.model.blocks[layer]
+        weights = {name: attrgetter(name)(block).detach().float() for name, _ in plain.named_parameters()}
+        if self._keeps:
+            self._kept[layer] = weights
+        return weights
 
     def logits(self, resid_RD: Tensor) -> Tensor:
         """Float32 logits (R, V) of residuals after the last block."""

@@ -10,6 +10,7 @@ Exit codes: 0 done; 1 a mistake or a failed check, explained; 2 wrong usage; 130
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ SHARED = ("complete", "inspect", "capture", "train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    gc.set_threshold(50_000, 20, 50)  # torch's import leaves a million objects: looking through them took a sixth of it
     if is_main():
         return _main(arguments)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
