@@ -20,7 +20,7 @@ from llama_3.hooks import HookPoint
 from llama_3.model import Transformer
 from sae.intervene import Trace
 from steer.resolve import Compiled
-from steer.steerers import EditAt, Hits, Steerers, in_order
+from steer.steerers import Hits, Steerers, TraceOf, in_order
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Held:
     sets: list[Compiled] = field(default_factory=list)
     """What of the set in force could act there."""
     hits: list[Hits] = field(default_factory=list)
-    traces: dict[EditAt, list[Trace]] = field(default_factory=dict)
+    traces: dict[TraceOf, list[Trace]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, model: Transformer, capacity: int, steerers: Steerers) -> Held:

@@ -12,8 +12,9 @@ from llama_3.hooks import HookPoint
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.errors import SteerError
+from steer.events import Event
 from steer.vectors import load_vector
-from tests.steer.test_engine import ASK, run, tiny_sae, tokens
+from tests.steer.test_engine import ASK, end, run, tiny_sae, tokens
 from tests.tiny import byte_tokenizer, tiny_config, tiny_model
 
 CONFIG = tiny_config()
@@ -110,3 +111,27 @@ def test_the_row_of_a_latent_as_a_vector_does_what_adding_the_latent_does(tmp_pa
         for text in ("5 +30% on generated ramp 4", f"vector {file} 30% on generated ramp 4")
     )
     assert latent == vector != tokens(run(engine, [ASK], [SteeringSet()]))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_report_names_what_ran_whatever_became_of_the_file(tmp_path: Path, gone: bool, reuse: bool) -> None:
+    file = Path(write(tmp_path, "v.npy"))
+    edit = Edit.parse(f"vector {file} 9 at {HOOK} on generated")
+    sets = [SteeringSet((edit,)), SteeringSet((edit, Edit.parse("3 +1")))]
+
+    def reply(meddles: bool) -> list[Event]:
+        engine, used, events = Engine(tiny_model(), byte_tokenizer(), tiny_sae()), sets[:1], list[Event]()
+        for event in engine.stream([ASK], lambda: used[-1], seeds=[0], max_tokens=6, reuse=reuse):
+            events.append(event)
+            if len(tokens(events)) == 2:
+                used.append(sets[1])  # what it goes on with is still the direction that the reply began with
+                if meddles:
+                    file.unlink(missing_ok=True)
+                if meddles and not gone:
+                    write(tmp_path, "v.npy", -VECTOR)
+        return events
+
+    calm, disturbed = reply(False), reply(True)
+    assert tokens(calm) == tokens(disturbed) and end(calm).report == end(disturbed).report
+    assert [one.text for one in end(calm).report.edits] == [str(edit), "3 +1"] and end(calm).report.steered
