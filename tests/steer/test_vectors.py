@@ -78,6 +78,50 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path: Path, vector: torch.Ten
         load_vector(write(tmp_path, "v.npy", vector), HOOK, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (VECTOR.numpy() * (1 + 2j), "complex"),
+        (np.array(["a"] * CONFIG.d_model), "no numbers"),
+        (np.ones(CONFIG.d_model, dtype=bool), "no numbers"),
+        (np.full(CONFIG.d_model, 1e300), "not finite in 32 bits"),
+        (np.zeros(0, np.float32), "damaged|have 32 numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_is_no_vector_of_real_numbers_is_refused(tmp_path: Path, array: np.ndarray, why: str) -> None:
+    np.save(tmp_path / "v.npy", array)
+    with pytest.raises(SteerError, match=why):
+        load_vector(str(tmp_path / "v.npy"), HOOK, CONFIG)
+
+
+def test_so_are_an_archive_that_is_named_as_an_array_and_a_complex_tensor(tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", a=VECTOR.numpy())
+    (tmp_path / "v.npz").rename(tmp_path / "v.npy")
+    with pytest.raises(SteerError, match="several arrays in an archive"):
+        load_vector(str(tmp_path / "v.npy"), HOOK, CONFIG)
+    save_file({"direction": VECTOR * (1 + 2j)}, tmp_path / "v.safetensors")
+    with pytest.raises(SteerError, match="complex"):
+        load_vector(str(tmp_path / "v.safetensors"), HOOK, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.safetensors", "v.gguf"])
+def test_a_file_of_another_size_is_refused_before_it_is_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, name, torch.ones(2 * CONFIG.d_model))
+    for module, reader in ((torch, "from_numpy"), (np, "fromfile"), (torch.Tensor, "reshape")):
+        monkeypatch.setattr(module, reader, None)
+    with pytest.raises(SteerError, match="have 32 numbers"):
+        load_vector(file, HOOK, CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
+def test_a_column_of_another_type_is_a_vector_too(tmp_path: Path, dtype: type) -> None:
+    np.save(tmp_path / "v.npy", np.arange(CONFIG.d_model).astype(dtype)[:, None])
+    assert load_vector(str(tmp_path / "v.npy"), HOOK, CONFIG)[0].tolist() == list(range(CONFIG.d_model))
+
+
 def test_what_is_no_vector_is_refused(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("1 2 3")
     with pytest.raises(SteerError, match="no vector that is known"):
