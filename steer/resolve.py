@@ -14,7 +14,7 @@ from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
 from sae.compiled import CompiledEdit, CompiledSet, Place
 from sae.model import SAE
-from steer.edits import Edit, SteeringSet, Strength, span_of
+from steer.edits import Edit, SteeringSet, Strength, check_latent, span_of
 from steer.errors import EXPLAINED, SteerError
 from steer.session import Readout
 from steer.vectors import load_vector
@@ -22,7 +22,7 @@ from steer.vectors import load_vector
 Compiled = Mapping[HookPoint, CompiledSet]
 """What acts at each hook point; a point where nothing does is not in it."""
 EditAt = tuple[HookPoint, CompiledEdit]
-PLACES: dict[str, Place] = {
+_PLACE_OF: dict[str, Place] = {
     "all": "all",
     "all+special": "all",
     "prompt": "prompt",
@@ -81,7 +81,7 @@ class Resolver:
             -1 if edit.latent is None else edit.latent,
             self._raw(edit),
             edit.if_on,
-            PLACES.get(edit.place, "range"),
+            _PLACE_OF.get(edit.place, "range"),
             edit.place == "all+special",
             *span,
             other=edit.when.latent if edit.when else None,
@@ -112,9 +112,8 @@ class Resolver:
 
     def check_latent(self, latent: int, hook: HookPoint | None = None) -> None:
         """`SteerError` when the SAE at a hook point, by default the first one, has no such latent."""
-        sae = self._sae(hook)
-        if sae is not None and not 0 <= latent < sae.config.d_sae:
-            raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
+        if (sae := self._sae(hook)) is not None:
+            check_latent(latent, sae.config.d_sae)
 
     def maximum(self, latent: int, hook: HookPoint | None = None) -> float | None:
         """The latent's recorded max, or None without statistics."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_3.hooks import SITES, HookPoint, Hooks
+from llama_3.hooks import HookPoint, Hooks
 from sae.compiled import NO_EDITS, CompiledEdit
 from sae.gate import Ranges
 from sae.intervene import Record, Steerer, Trace
@@ -30,7 +30,7 @@ TraceOf = tuple[HookPoint, CompiledEdit | None]
 
 def in_order(points: Iterable[HookPoint]) -> list[HookPoint]:
     """Hook points in the order in which a forward pass meets them."""
-    return sorted(points, key=lambda point: (point.layer, SITES.index(point.site)))
+    return sorted(points, key=lambda point: point.depth)
 
 
 @dataclass(slots=True)
