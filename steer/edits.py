@@ -278,10 +278,14 @@ class SteeringSet:
         """The edits that act: none while bypassed, the muted ones never."""
         return () if self.bypass else tuple(edit for edit in self.edits if not edit.muted)
 
-    @property
-    def latents(self) -> tuple[int, ...]:
-        """The latents of the first SAE that its edits name, each once."""
-        return tuple(dict.fromkeys(e.latent for e in self.edits if e.latent is not None and not e.hook))
+    def places(self, hook: str | None) -> dict[int, int]:
+        """The latents of the first SAE, which stands at `hook`, that its edits name: each with the first place, from 0,
+        in the order of their places. An edit that says `at` this same hook is one of that SAE."""
+        found: dict[int, int] = {}
+        for place, edit in enumerate(self.edits):
+            if edit.latent is not None and edit.hook in ("", hook):
+                found.setdefault(edit.latent, place)
+        return found
 
     def add(self, edit: Edit) -> SteeringSet:
         """With one more edit at its end."""

@@ -193,7 +193,7 @@ class Engine:
             dtype,
             str(self.model.device),
             config.max_context,
-            sae.config.hook if sae else None,
+            str(next(iter(self.saes))) if sae else None,
             sae.config.d_sae if sae else 0,
             sae.config.k if sae else 0,
             stats.resid_norm if stats else None,
