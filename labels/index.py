@@ -26,6 +26,7 @@ from urllib.parse import quote
 
 from labels import packing, schema
 from labels.errors import LabelError
+from labels.layer import lay
 from labels.packing import Kind, RawExample
 from labels.query import Query, parse, plain
 
@@ -91,16 +92,16 @@ class LabelIndex:
 
     def __init__(self, path: str | Path, *, read_only: bool = False, layer: Path | None = None) -> None:
         """`layer` is another index, where there is one, whose calibrations stand before this one's: what a user has
-        measured for an index that is not to be written."""
+        measured for an index that is not to be written. `notice` says so where it had to be left out."""
         self.path, self.read_only = Path(path), read_only
         self._lock = threading.RLock()
-        _check_header(self.path)
+        schema.check_header(self.path)
         mode = "mode=ro&immutable=1" if read_only else "mode=rw"
         self._db = self._connect(mode)
         try:
             with self._plainly():
                 self._check_schema()
-                self._lay(layer if layer is not None and layer.exists() else None)
+                self.notice = lay(self._db, layer)
         except BaseException:
             self._db.close()
             raise
@@ -329,20 +330,6 @@ class LabelIndex:
                 migration(db)
                 db.execute("INSERT INTO migrations VALUES (?, ?)", (migration.__name__, _now()))
 
-    def _lay(self, layer: Path | None) -> None:
-        """Make `calibration`, which search reads: the layer's rows, and this file's where the layer has none."""
-        own, above = "SELECT * FROM main.calibrations", ""
-        if layer is not None:
-            _check_header(layer)
-            self._db.execute("ATTACH ? AS layer", [f"file:{quote(str(layer.absolute()))}?mode=ro"])
-            sae = "(SELECT value FROM {}.meta WHERE key = 'sae/sae.safetensors')"
-            if not self._db.execute(f"SELECT {sae.format('layer')} IS {sae.format('main')}").fetchone()[0]:
-                layer = None  # measured with another SAE
-        if layer is not None:
-            above = "SELECT * FROM layer.calibrations UNION ALL "
-            own += " WHERE latent NOT IN (SELECT latent FROM layer.calibrations)"
-        self._db.execute(f"CREATE TEMP VIEW calibration AS {above}{own}")
-
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock, self._plainly():
             return self._db.execute(sql, values).fetchall()
@@ -419,19 +406,6 @@ def _set_label(db: sqlite3.Connection, label: Label) -> None:
 def _sides(text: str) -> tuple[str, str]:
     fires, _, promotes = text.partition(" -> ")
     return fires, promotes
-
-
-def _check_header(path: Path) -> None:
-    """SQLite opens a file that was cut short and fails later, in the middle of a search; this looks first."""
-    with path.open("rb") as file:
-        header = file.read(100)
-        size = file.seek(0, 2)
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise LabelError(f"`{path}` is not a label index", "`steer label collect` makes one")
-    page = int.from_bytes(header[16:18], "big")
-    expected = (65536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
-    if size < expected:
-        raise LabelError(f"the label index `{path}` is cut short: {size:,} of {expected:,} bytes")
 
 
 def _decode(pieces: Iterable[bytes]) -> tuple[str, ...]:

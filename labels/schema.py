@@ -1,4 +1,6 @@
-"""The schema of the index as a list of steps. A file records the names of the steps it has had; it never goes back.
+"""The schema of the index as a list of steps, and whether a file can be one of them at all.
+
+A file records the names of the steps it has had; it never goes back.
 
 To change the schema, append a function: its name is what files record, so names and order never change.
 """
@@ -56,3 +58,16 @@ def mismatch(path: Path, done: Collection[str], missing: Collection[Migration], 
         why = f"the label index `{path}` was written by an older version of steer"
         return LabelError(why, "open a copy of it for writing once, which brings it up to date")
     return None
+
+
+def check_header(path: Path) -> None:
+    """SQLite opens a file that was cut short and fails later, in the middle of a search; this looks first."""
+    with path.open("rb") as file:
+        header = file.read(100)
+        size = file.seek(0, 2)
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise LabelError(f"`{path}` is not a label index", "`steer label collect` makes one")
+    page = int.from_bytes(header[16:18], "big")
+    expected = (65536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
+    if size < expected:
+        raise LabelError(f"the label index `{path}` is cut short: {size:,} of {expected:,} bytes")

@@ -64,6 +64,11 @@ class HookPoint:
         raise _point_error(repr(text))
 
     @property
+    def depth(self) -> tuple[int, int]:
+        """Sorts points in the order in which a forward pass meets them."""
+        return self.layer, SITES.index(self.site)
+
+    @property
     def entry(self) -> "HookPoint":
         """The last point between two blocks at or before this one: from there all that it can change is run again."""
         return self if self.site == "resid_post" else HookPoint(self.layer, "resid_pre")
@@ -132,7 +137,7 @@ class Hooks:
 
     def points(self) -> tuple[HookPoint, ...]:
         """Points with hooks, in the order in which a forward pass meets them."""
-        return tuple(sorted(self._hooks, key=lambda point: (point.layer, SITES.index(point.site))))
+        return tuple(sorted(self._hooks, key=lambda point: point.depth))
 
     def __iter__(self) -> Iterator[HookPoint]:
         return iter(self.points())

@@ -111,8 +111,8 @@ class Steerer:
     gate: Gate = field(default_factory=Gate)
     records: list[Record] = field(default_factory=list)
     """One per call while `recording`, oldest first; whoever reads them takes them out."""
-    traces: dict[tuple[int, CompiledEdit], list[Trace]] = field(default_factory=dict)
-    """By row and edit, one per call in which the edit was in the row's set."""
+    traces: dict[tuple[int, CompiledEdit | None], list[Trace]] = field(default_factory=dict)
+    """By row and edit, one per call in which the edit was in the row's set; under None where the error was dropped."""
     applied: dict[int, int] = field(default_factory=dict)
     """Forward passes in which a row's set had at least one live edit."""
     passing: Collection[int] = ()
@@ -161,9 +161,10 @@ class Steerer:
             )
             y_RTD, touched_RT = x_RTD + delta_RTD, acting_ERT.any(0)
             if compiled.drop_error and self.sae is not None and f is not None:
-                touched_RT = where.real_RT if compiled.special_tokens else where.readable_RT
-                y_RTD = torch.where(touched_RT[..., None], self.sae.decode(f, x_RTD) + delta_RTD, y_RTD)
-                touched_RT = touched_RT | acting_ERT.any(0)
+                dropped_RT = where.real_RT if compiled.special_tokens else where.readable_RT
+                y_RTD = torch.where(dropped_RT[..., None], self.sae.decode(f, x_RTD) + delta_RTD, y_RTD)
+                touched_RT = dropped_RT | touched_RT
+                self._note(None, where, dropped_RT)
             # Untouched positions keep their very bits, whatever the round trip through float32 would do.
             edited_BTD[pick] = torch.where(touched_RT[..., None], y_RTD.to(resid_BTD.dtype), resid_BTD[pick])
             self._trace(compiled, where, f, x_RTD, y_RTD, acting_ERT, lost_ERT)
@@ -250,10 +251,15 @@ class Steerer:
             else:
                 assert self.sae is not None and f is not None
                 before_RT, after_RT = activation_of(f, edit.latent), self.sae.read(y_RTD, edit.latent)
-            columns = where.positions_RT, acted_RT, acted_RT * before_RT, acted_RT * after_RT, lost_ERT[number]
-            trace_R5T = torch.stack([column.float() for column in columns], 1)
-            for trace_5T, row in zip(trace_R5T, where.rows, strict=True):
-                self.traces.setdefault((row, edit), []).append(trace_5T)
+            self._note(edit, where, acted_RT, acted_RT * before_RT, acted_RT * after_RT, lost_ERT[number])
+
+    def _note(self, edit: CompiledEdit | None, where: Where, *columns: Tensor) -> None:
+        """Keep the columns of a trace behind its positions; those left out are 0."""
+        trace_R5T = torch.zeros(len(where.rows), 5, where.positions_RT.shape[1], device=where.positions_RT.device)
+        for place, column_RT in enumerate((where.positions_RT, *columns)):
+            trace_R5T[:, place] = column_RT
+        for trace_5T, row in zip(trace_R5T, where.rows, strict=True):
+            self.traces.setdefault((row, edit), []).append(trace_5T)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:
         if not self.special:

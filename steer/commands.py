@@ -146,6 +146,8 @@ def _error(context: Context, argument: str) -> None:
     if argument == "keep":
         steering = replace(context.session.steering, error="keep")
     elif argument == "drop":
+        if context.session.engine.info.hook is None:
+            raise SteerError("there is no SAE whose error could be dropped", "load one: `--sae FOLDER`")
         steering = replace(context.session.steering, error="drop")
     else:
         raise SteerError(

@@ -254,6 +254,12 @@ def span_of(place: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match and int(match[1]) <= int(match[2]) else None
 
 
+def check_latent(latent: int, count: int) -> None:
+    """`SteerError` when an SAE of so many latents has no such one."""
+    if not 0 <= latent < count:
+        raise SteerError(f"there is no latent {latent}: this SAE has {count}, from 0")
+
+
 @dataclass(frozen=True, slots=True)
 class SteeringSet:
     """An ordered set of edits; changing it makes a new one, so a reply can hold on to the set it ran with."""
@@ -272,21 +278,29 @@ class SteeringSet:
         """The edits that act: none while bypassed, the muted ones never."""
         return () if self.bypass else tuple(edit for edit in self.edits if not edit.muted)
 
-    @property
-    def latents(self) -> tuple[int, ...]:
-        """The latents of the first SAE that its edits name, each once."""
-        return tuple(dict.fromkeys(e.latent for e in self.edits if e.latent is not None and not e.hook))
+    def places(self, hook: str | None) -> dict[int, int]:
+        """The latents of the first SAE, which stands at `hook`, that its edits name: each with the first place, from 0,
+        in the order of their places. An edit that says `at` this same hook is one of that SAE."""
+        found: dict[int, int] = {}
+        for place, edit in enumerate(self.edits):
+            if edit.latent is not None and edit.hook in ("", hook):
+                found.setdefault(edit.latent, place)
+        return found
 
     def add(self, edit: Edit) -> SteeringSet:
+        """With one more edit at its end."""
         return replace(self, edits=(*self.edits, edit))
 
     def put(self, place: int, edit: Edit) -> SteeringSet:
+        """With another edit in the place of the one that stands there, from 0."""
         return replace(self, edits=(*self.edits[:place], edit, *self.edits[place + 1 :]))
 
     def remove(self, place: int) -> SteeringSet:
+        """Without the edit that stands in a place, from 0."""
         return replace(self, edits=self.edits[:place] + self.edits[place + 1 :])
 
     def move(self, place: int, to: int) -> SteeringSet:
+        """With the edit of one place moved to stand in another, both from 0."""
         edits = list(self.edits)
         edits.insert(to, edits.pop(place))
         return replace(self, edits=tuple(edits))

@@ -199,17 +199,17 @@ class Engine:
     def info(self) -> EngineInfo:
         config, sae = self.model.config, self.sae
         dtype = str(self.model.dtype).removeprefix("torch.") + (f"+{self._quantized}" if self._quantized else "")
-        stats = sae.stats if sae else None
+        stats, said = sae.stats if sae else None, [*self._doubts.values()] if sae else [_WITHOUT]
         return EngineInfo(
             self._name,
             dtype,
             str(self.model.device),
             config.max_context,
-            sae.config.hook if sae else None,
+            str(next(iter(self.saes))) if sae else None,
             sae.config.d_sae if sae else 0,
             sae.config.k if sae else 0,
             stats.resid_norm if stats else None,
-            "; ".join(self._doubts.values()) or _WITHOUT if not sae or self._doubts else None,
+            "; ".join(filter(None, (*said, self.index.notice if self.index else ""))) or None,
             self._reason,
             self.chat_format.note,
             sae.config.activation if sae else "topk",

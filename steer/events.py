@@ -111,14 +111,17 @@ class Report:
     """Those in which the set's hook ran with at least one live edit."""
     edits: tuple[EditReport, ...] = ()
     first: int | None = None
-    """First and last position at which an edit acted."""
+    """First and last position at which an edit acted, or the error was dropped."""
     last: int | None = None
     carried: tuple[Carried, ...] = ()
     """Which positions carried which set: each from its first on, up to the next one's."""
+    dropped: int = 0
+    """Positions where the SAE's reconstruction error was dropped."""
 
     @property
     def steered(self) -> bool:
-        return any(edit.positions for edit in self.edits)
+        """Whether anything was put in the place of what the model had computed."""
+        return self.dropped > 0 or any(edit.positions for edit in self.edits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ Over the last `WINDOW` tokens of the reply, with the unsteered model reading the
     repetition  share of the 4-grams that the reply has had before                                    line: 0.5
 
 The level is the largest of the three as a share of its line: below 0.5 the reply is calm, from 0.5 strained, and from 1
-over the line. An excess of ln 3 means that the text is three times as perplexing to the model as its own would be.
+over the line. An excess of ln 3 means that the text is three times as perplexing to the model as its own would be. A
+figure that is not finite is over the line too: an edit far too strong leaves such logits.
 With `backs_off` the strength of all edits is multiplied by `STEP` whenever the level is over the line, at the earliest
 `WAIT` tokens after the reply began or after the last time. It is a pure function of the tokens, and so stays a reply.
 """
@@ -35,8 +36,9 @@ class Meter:
 
     @property
     def level(self) -> float:
-        """The largest as a share of its line, at least 0."""
-        return max(self.kl / KL_LINE, self.surprise / SURPRISE_LINE, self.repetition / REPEAT_LINE, 0.0)
+        """The largest as a share of its line, at least 0; infinite where a figure is not finite."""
+        shares = self.kl / KL_LINE, self.surprise / SURPRISE_LINE, self.repetition / REPEAT_LINE
+        return max(*shares, 0.0) if all(map(math.isfinite, shares)) else math.inf
 
     @property
     def word(self) -> str:

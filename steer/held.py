@@ -16,10 +16,11 @@ import torch
 
 from llama_3.cache import KVCache
 from llama_3.generate import read, rerun
+from llama_3.hooks import HookPoint
 from llama_3.model import Transformer
 from sae.intervene import Trace
 from steer.resolve import Compiled
-from steer.steerers import EditAt, Hits, Steerers, in_order
+from steer.steerers import Hits, Steerers, TraceOf, in_order
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Held:
     sets: list[Compiled] = field(default_factory=list)
     """What of the set in force could act there."""
     hits: list[Hits] = field(default_factory=list)
-    traces: dict[EditAt, list[Trace]] = field(default_factory=dict)
+    traces: dict[TraceOf, list[Trace]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, model: Transformer, capacity: int, steerers: Steerers) -> Held:
@@ -66,7 +67,8 @@ class Held:
         fresh = next((p for p in range(shared) if self.sets[p] != steerers.at(0, p, len(prompt))), shared)
         if steerers.stateful(0):
             fresh = 0  # when such an edit began depends on all that stands before
-        below = next((p for p in range(fresh, shared) if self._below(p, steerers.at(0, p, len(prompt)))), shared)
+        kept, reached = self.cache.kept_at, range(fresh, shared)
+        below = next((p for p in reached if kept and self._below(kept, p, steerers.at(0, p, len(prompt)))), shared)
         self.cut(below)
         for edit, traces in self.traces.items():
             trace_5P = torch.cat(traces, 1)
@@ -94,9 +96,11 @@ class Held:
         self, model: Transformer, steerers: Steerers, row: int, fresh: int, prompt_length: int, stop: threading.Event
     ) -> int:
         """Run the layers above the lowest hook point again from position `fresh` on; up to where that has come."""
-        # The hits change only where something may act below the SAE that they come from.
-        first = next(iter(steerers.saes), None)
-        again = steerers.recording and first is not None and self.cache.kept_at != first.entry
+        # The hits change only where something acts, or acted, below the SAE that they come from.
+        first, differ = next(iter(steerers.saes), None), range(fresh, len(self.tokens))
+        again = steerers.recording and any(
+            first and self._below(first, p, steerers.at(row, p, prompt_length)) for p in differ
+        )
         steerers.record(again)
         hooks, tokens = steerers.hooks, list(self.tokens)
         for _ in rerun(model, self.cache, tokens, fresh, row=row, prompt_length=prompt_length, hooks=hooks):
@@ -110,7 +114,6 @@ class Held:
         steerers.record(steerers.recording)
         return fresh
 
-    def _below(self, position: int, now: Compiled) -> bool:
-        """Whether an edit acts, or acted, at a position below what the cache keeps, so that it has to be read anew."""
-        points, kept = {*self.sets[position], *now}, self.cache.kept_at
-        return kept is not None and bool(points) and in_order([kept, *points])[0] != kept
+    def _below(self, point: HookPoint, position: int, now: Compiled) -> bool:
+        """Whether an edit acts, or acted, at a position below a hook point."""
+        return in_order([point, *self.sets[position], *now])[0] != point

@@ -5,8 +5,8 @@ its config, and of every file of its weights the size and 16 pieces of 64 KiB th
 hash, a fine-tuned model another; so has the same model in another layout. A tokenizer is known by its files, an SAE by
 the sha256 of `sae.safetensors`, which label indexes name too.
 
-What differs is said and a recipe runs; it cannot run where an edit has no SAE at its hook point, where that SAE has
-another number of latents, or where the engine refuses an edit.
+What differs is said and a recipe runs; it cannot run where an edit, or an error that is dropped, has no SAE at its hook
+point, where that SAE has another number of latents, or where the engine refuses an edit.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def make_recipe(steering: SteeringSet, settings: Settings, engine: EngineLike, *
 
 def describe(edit: Edit, engine: EngineLike) -> Line:
     """An edit with what it means here, as far as that is known."""
-    here = edit.hook
+    here, first = edit.hook, engine.info.hook
+    own = not here or (first is not None and _canonical(here) == _canonical(first))
     maximum = (
         _raw(engine, Edit(edit.latent, "add", Strength(1.0, "max"), hook=here)) if edit.latent is not None else None
     )
@@ -142,7 +143,7 @@ def describe(edit: Edit, engine: EngineLike) -> Line:
         maximum,
         _raw(engine, Edit(edit.when.latent, "add", edit.when.above, hook=here)) if edit.when else None,
         file_hash(Path(edit.file).expanduser()) if edit.file else "",
-        "" if edit.latent is None or here else engine.labels([edit.latent]).get(edit.latent, ""),
+        "" if edit.latent is None or not own else engine.labels([edit.latent]).get(edit.latent, ""),
     )
 
 
@@ -165,7 +166,8 @@ def compare(recipe: Recipe, settings: Settings, engine: EngineLike | None) -> li
     live = [edit for edit in recipe.steering.live if edit.kind != "vector" or edit.when or not edit.hook]
     at, bare = {_canonical(recipe.hook_of(edit)) for edit in live}, any(not edit.hook for edit in live)
     for place, mark in enumerate(recipe.saes):
-        checks += _compare_sae(mark, saes, meant=place == 0 and bare, needed=_canonical(mark.hook) in at)
+        needed = recipe.error == "drop" or _canonical(mark.hook) in at
+        checks += _compare_sae(mark, saes, meant=place == 0 and bare, needed=needed)
     if engine is None or any(check.blocks for check in checks):
         return checks
     for number, line in enumerate(recipe.lines, 1):

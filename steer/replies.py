@@ -23,7 +23,7 @@ from sae.intervene import Tally
 from steer.edits import SteeringSet
 from steer.events import Alternative, Carried, EditReport, Event, Finished, PromptRead, Report, TokenEvent
 from steer.held import Held
-from steer.steerers import Hits, Steerers
+from steer.steerers import Hits, Steerers, TraceOf
 
 
 @dataclass(slots=True)
@@ -234,19 +234,21 @@ class Replies:
     def _report(self, number: int, row: Row) -> Report:
         if not self.steerers.points:
             return Report(row.steps)
-        edits, spans = [], []
-        named = {self.steerers.resolver.edit(edit): str(edit) for _, one in row.sets for edit in one.live}
-        for of, text in named.items():
-            traces = self.held.traces.get(of) if self.held else self.steerers.traces(number, of)
-            if traces is None:  # it was never in force while a token was read
-                continue
-            tally = Tally.of(traces)
-            edits.append(EditReport(text, tally.positions, tally.before, tally.after, tally.lost))
-            if tally.first is not None and tally.last is not None:
-                spans.append((tally.first, tally.last))
-        first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (None, None)
+        named = {self.steerers.edits[edit]: str(edit) for _, one in row.sets for edit in one.live}
+        told = [(text, tally) for of, text in named.items() if (tally := self._tally(number, of)) is not None]
+        edits = tuple(EditReport(text, each.positions, each.before, each.after, each.lost) for text, each in told)
+        # Where a set drops the error it does so at every SAE, so that the first one's trace tells of all.
+        drops = [tally for point in [*self.steerers.saes][:1] if (tally := self._tally(number, (point, None)))]
+        acted = [tally for tally in (*(tally for _, tally in told), *drops) if tally.positions]
+        first = min((tally.first for tally in acted if tally.first is not None), default=None)
+        last = max((tally.last for tally in acted if tally.last is not None), default=None)
         carried = tuple(Carried(at, tuple(map(str, one.live))) for at, one in row.sets)
-        return Report(row.steps, row.applied, tuple(edits), first, last, carried)
+        return Report(row.steps, row.applied, edits, first, last, carried, sum(tally.positions for tally in drops))
+
+    def _tally(self, number: int, of: TraceOf) -> Tally | None:
+        """What an edit did to a row in sum; None where it was never in force while a token was read."""
+        traces = self.held.traces.get(of) if self.held else self.steerers.traces(number, of)
+        return None if traces is None else Tally.of(traces)
 
 
 def prompt_events(

@@ -14,14 +14,15 @@ from llama_3.config import ModelConfig
 from llama_3.hooks import HookPoint
 from sae.compiled import CompiledEdit, CompiledSet, Place
 from sae.model import SAE
-from steer.edits import Edit, SteeringSet, Strength, span_of
+from steer.edits import Edit, SteeringSet, Strength, check_latent, span_of
 from steer.errors import EXPLAINED, SteerError
 from steer.session import Readout
 from steer.vectors import load_vector
 
 Compiled = Mapping[HookPoint, CompiledSet]
 """What acts at each hook point; a point where nothing does is not in it."""
-PLACES: dict[str, Place] = {
+EditAt = tuple[HookPoint, CompiledEdit]
+_PLACE_OF: dict[str, Place] = {
     "all": "all",
     "all+special": "all",
     "prompt": "prompt",
@@ -44,22 +45,32 @@ class Resolver:
         self._config, self._saes, self._doubts = config, dict(saes), dict(doubts or {})
         self._first = next(iter(self._saes), None)
 
-    def compile(self, steering: SteeringSet) -> Compiled:
-        """By hook point, the live edits with raw strengths; a `SteerError` for one that cannot run here."""
+    def compile(self, steering: SteeringSet, known: dict[Edit, EditAt] | None = None) -> Compiled:
+        """By hook point, the live edits with raw strengths; every SAE's point where the error is dropped.
+
+        `known` holds what edits came to before and is added to: their files are not read again. A `SteerError` for an
+        edit that cannot run here, and for an error that is dropped where there is no SAE or a wrong one.
+        """
+        known = {} if known is None else known
         by_hook: dict[HookPoint, list[CompiledEdit]] = {}
         for edit in steering.live:
-            self.check(edit)
-            hook, compiled = self.edit(edit)
+            if edit not in known:
+                self.check(edit)
+                known[edit] = self.edit(edit)
+            hook, compiled = known[edit]
             by_hook.setdefault(hook, []).append(compiled)
         drop = steering.error == "drop" and not steering.bypass
-        if drop and self._first is not None:
-            by_hook.setdefault(self._first, [])
+        if drop and not self._saes:
+            raise SteerError("there is no SAE whose error could be dropped", f"keep it, or {self._loaded()}")
+        for hook in self._saes if drop else ():
+            self._check_trusted(hook)
+            by_hook.setdefault(hook, [])
         return {
             hook: CompiledSet(tuple(edits), drop and hook in self._saes, steering.special_tokens, steering.factor)
             for hook, edits in by_hook.items()
         }
 
-    def edit(self, edit: Edit) -> tuple[HookPoint, CompiledEdit]:
+    def edit(self, edit: Edit) -> EditAt:
         """One edit, already checked, as the steerer at its hook point takes it."""
         hook, span = self._hook(edit), span_of(edit.place) or (0, 0)
         direction_D, source = None, ""
@@ -70,7 +81,7 @@ class Resolver:
             -1 if edit.latent is None else edit.latent,
             self._raw(edit),
             edit.if_on,
-            PLACES.get(edit.place, "range"),
+            _PLACE_OF.get(edit.place, "range"),
             edit.place == "all+special",
             *span,
             other=edit.when.latent if edit.when else None,
@@ -86,13 +97,10 @@ class Resolver:
         """`SteerError` when the edit cannot run here: no SAE at its hook point, a latent out of range, a unit without
         its reference, a file that is no vector of the model's width."""
         hook = self._hook(edit)
-        if hook not in self._saes and (edit.kind != "vector" or edit.when is not None):
-            raise SteerError(f"`{edit}` needs an SAE at {hook}, and none is loaded there", self._loaded())
-        if hook in self._doubts and (edit.kind != "vector" or edit.when is not None):
-            raise SteerError(
-                f"nothing is steered with a wrong SAE: {self._doubts[hook]}",
-                "`steer doctor` with the same --model and --sae says what is wrong; `--trust-sae` steers all the same",
-            )
+        if edit.kind != "vector" or edit.when is not None:
+            if hook not in self._saes:
+                raise SteerError(f"`{edit}` needs an SAE at {hook}, and none is loaded there", self._loaded())
+            self._check_trusted(hook)
         for latent in (edit.latent, edit.when.latent if edit.when else None):
             if latent is not None:
                 self.check_latent(latent, hook)
@@ -104,9 +112,8 @@ class Resolver:
 
     def check_latent(self, latent: int, hook: HookPoint | None = None) -> None:
         """`SteerError` when the SAE at a hook point, by default the first one, has no such latent."""
-        sae = self._sae(hook)
-        if sae is not None and not 0 <= latent < sae.config.d_sae:
-            raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
+        if (sae := self._sae(hook)) is not None:
+            check_latent(latent, sae.config.d_sae)
 
     def maximum(self, latent: int, hook: HookPoint | None = None) -> float | None:
         """The latent's recorded max, or None without statistics."""
@@ -127,6 +134,13 @@ class Resolver:
         resid_norm = sae.stats.resid_norm if sae is not None and sae.stats else 0.0
         of_norm = 100 * raw * self._norm(edit, hook) / resid_norm if resid_norm else None
         return Readout(raw, raw / maximum if maximum else None, of_norm)
+
+    def _check_trusted(self, hook: HookPoint) -> None:
+        if hook in self._doubts:
+            raise SteerError(
+                f"nothing is steered with a wrong SAE: {self._doubts[hook]}",
+                "`steer doctor` with the same --model and --sae says what is wrong; `--trust-sae` steers all the same",
+            )
 
     def _sae(self, hook: HookPoint | None) -> SAE | None:
         hook = hook or self._first

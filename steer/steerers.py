@@ -11,25 +11,26 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_3.hooks import SITES, HookPoint, Hooks
+from llama_3.hooks import HookPoint, Hooks
 from sae.compiled import NO_EDITS, CompiledEdit
 from sae.gate import Ranges
 from sae.intervene import Record, Steerer, Trace
 from sae.model import SAE
-from steer.edits import SteeringSet
+from steer.edits import Edit, SteeringSet
 from steer.events import LatentHit
-from steer.resolve import Compiled, Resolver
+from steer.resolve import Compiled, EditAt, Resolver
 
 Hits = tuple[LatentHit, ...]
 WIDE = 256
 """Slots from which on it pays to look how many of them are active before they become Python numbers."""
 NOTHING: Compiled = {}
-EditAt = tuple[HookPoint, CompiledEdit]
+TraceOf = tuple[HookPoint, CompiledEdit | None]
+"""An edit, or the error that is dropped, at a hook point."""
 
 
 def in_order(points: Iterable[HookPoint]) -> list[HookPoint]:
     """Hook points in the order in which a forward pass meets them."""
-    return sorted(points, key=lambda point: (point.layer, SITES.index(point.site)))
+    return sorted(points, key=lambda point: point.depth)
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Steerers:
     shadows: Collection[int] = ()
     """Rows that are neither read nor edited."""
     hooks: Hooks = field(default_factory=Hooks)
+    edits: dict[Edit, EditAt] = field(default_factory=dict)
+    """What each edit came to when it first ran: its file may be another one by the end of a reply, or gone."""
     _at: dict[HookPoint, Steerer] = field(default_factory=dict)
     _compiled: dict[SteeringSet, Compiled] = field(default_factory=dict)
     _sets: dict[int, Compiled] = field(default_factory=dict)
@@ -77,7 +80,7 @@ class Steerers:
     def compile(self, one: SteeringSet) -> Compiled:
         """A set as its SAEs run it."""
         if one not in self._compiled:
-            self._compiled[one] = self.resolver.compile(one)
+            self._compiled[one] = self.resolver.compile(one, self.edits)
         return self._compiled[one]
 
     def stateful(self, row: int) -> bool:
@@ -110,12 +113,12 @@ class Steerers:
             return hits_by_row(last) if last else {}
         return {}
 
-    def traces(self, row: int, of: EditAt) -> Sequence[Trace] | None:
+    def traces(self, row: int, of: TraceOf) -> Sequence[Trace] | None:
         """What an edit did to a row so far; None where it was never in force while a token was read."""
         steerer = self._at.get(of[0])
         return steerer.traces.get((row, of[1])) if steerer else None
 
-    def take_traces(self) -> Iterable[tuple[EditAt, list[Trace]]]:
+    def take_traces(self) -> Iterable[tuple[TraceOf, list[Trace]]]:
         """What edits did to the first row since this was last asked."""
         for point, steerer in self._at.items():
             for row, edit in [key for key in steerer.traces if key[0] == 0]:

@@ -318,11 +318,12 @@ def _finished(data: Json) -> Finished:
     )
     first, last = (None if report[end] is None else int(report[end]) for end in ("first", "last"))
     carried = tuple(Carried(int(one["first"]), tuple(map(str, one["edits"]))) for one in report.get("carried", ()))
+    dropped = int(report.get("dropped", 0))
     return Finished(
         0,
         _one_of(data["finish"], ("stop", "length", "cancelled")),
         int(data["seed"]),
-        Report(int(report["steps"]), int(report["applied"]), edits, first, last, carried),
+        Report(int(report["steps"]), int(report["applied"]), edits, first, last, carried, dropped),
         float(data["tokens_per_second"] or 0),
         str(data["text"]),
     )

@@ -22,12 +22,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama_3.hooks import SITES, HookPoint
+from llama_3.hooks import HookPoint
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from sae.model import SAE
 from steer.analysis.effects import Effects, LatentParts, Metric, along, estimate, removals
 from steer.analysis.replay import Replay
+from steer.edits import check_latent
 from steer.errors import SteerError
 
 Order = Literal["raw", "normalised"]
@@ -229,9 +230,9 @@ def why_latent(
     the first. What is explained is the latent's pre-activation in the units of its activation, without the race for k
     places. Raises `SteerError` where the latent is off, and for an SAE that does not stand below.
     """
-    _check_latent(sae, latent)
+    check_latent(latent, sae.config.d_sae)
     start = HookPoint(0, "resid_pre") if through is None else through[1]
-    if _depth(start) >= _depth(hook):
+    if start.depth >= hook.depth:
         raise SteerError(f"the SAE at {start} does not stand below the one at {hook}", "give one of an earlier layer")
     whole = LatentParts(sae, Replay(model, tokens, hook).x_TD, readable(tokenizer, tokens, model.device))
     activation_T = whole.activations(latent)
@@ -294,7 +295,7 @@ def ablate(
     model: Transformer, tokenizer: Tokenizer, sae: SAE, hook: HookPoint, tokens: Sequence[int], latent: int
 ) -> tuple[TokenChange, ...]:
     """What each token of a text loses of its log-probability when a latent is ablated wherever it is on."""
-    _check_latent(sae, latent)
+    check_latent(latent, sae.config.d_sae)
     replay = Replay(model, tokens, hook)
     parts = LatentParts(sae, replay.x_TD, readable(tokenizer, tokens, model.device))
     activation_T = parts.activations(latent)
@@ -369,16 +370,7 @@ def _part(parts: LatentParts, number: int) -> Tensor:
     return parts.sum(parts.part_P == number)
 
 
-def _check_latent(sae: SAE, latent: int) -> None:
-    if not 0 <= latent < sae.config.d_sae:
-        raise SteerError(f"there is no latent {latent}: this SAE has {sae.config.d_sae}, from 0")
-
-
 def readable(tokenizer: Tokenizer, tokens: Sequence[int], device: torch.device) -> Tensor:
     """bool (T,): where an SAE is read, which is neither on the first token nor on special ones."""
     flags = [place > 0 and token not in tokenizer.special_ids for place, token in enumerate(tokens)]
     return torch.tensor(flags, device=device)
-
-
-def _depth(point: HookPoint) -> tuple[int, int]:
-    return point.layer, SITES.index(point.site)

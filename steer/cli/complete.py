@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from steer.batch import steers
 from steer.cli import engines
 from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, given_text, narrate, put, steering_set
 from steer.compare import Comparison, compare
@@ -56,7 +57,7 @@ def complete(
         bool, typer.Option("--compare", help="Write each reply without and with the edits, and say what differs.")
     ] = False,
     spliced: Annotated[
-        bool, typer.Option("--spliced", help="Compare also with what the SAE alone does: no edit, its error dropped.")
+        bool, typer.Option("--spliced", help="Compare also with what the SAEs alone do: no edit, their errors dropped.")
     ] = False,
     hits: Annotated[int, typer.Option(help="Features of each token in --json, the N strongest.", metavar="N")] = 0,
     json: Json = False,
@@ -126,7 +127,7 @@ def compare_replies(
                     print(f"{name}:\n{clean(row.text)}\n", flush=True)
                     for line in comparison_lines(found, engine) if name != "baseline" else ():
                         narrate(line)
-                    for line in report_lines(row.finished.report) if row.finished and used.edits else ():
+                    for line in report_lines(row.finished.report) if row.finished and steers(used) else ():
                         narrate(line)
     return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
 
@@ -195,7 +196,7 @@ def _show(row: Row, engine: EngineLike, steering: SteeringSet, hits: int, json: 
         )
     if row.finished:
         narrate(f"seed {row.seed}, {len(row.events)} tokens, {row.finished.finish}")
-        for line in report_lines(row.finished.report) if steering.edits else ():
+        for line in report_lines(row.finished.report) if steers(steering) else ():
             narrate(line)
 
 
@@ -228,6 +229,8 @@ def report_lines(report: Report) -> list[str]:
     lines = [
         f"{'steered' if report.steered else 'not steered'}: the set ran in {report.applied} of {report.steps} steps"
     ]
+    if report.dropped:
+        lines.append(f"  the error was dropped at {report.dropped} positions")
     for edit in report.edits:
         change = (
             "" if edit.before is None or edit.after is None else f", activation {edit.before:.3g} -> {edit.after:.3g}"

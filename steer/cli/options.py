@@ -92,7 +92,7 @@ _SAMPLED: dict[str, Any] = {
 Edits = Annotated[list[str] | None, typer.Option("--edit", help=f"{GRAMMAR}; repeatable.", metavar="EDIT")]
 Error = Annotated[
     Literal["keep", "drop"] | None,
-    typer.Option("--error", help="What becomes of the SAE's reconstruction error: keep (the default) or drop."),
+    typer.Option("--error", help="What becomes of the error of every SAE in use: keep (the default) or drop."),
 ]
 RecipeFile = Annotated[
     Path | None,

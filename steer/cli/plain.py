@@ -84,7 +84,7 @@ class PlainChat:
                 print(clean(event.text), flush=True)
                 if event.finish != "stop":
                     narrate(f"({event.finish})")
-                for line in report_lines(event.report) if event.report.edits else ():
+                for line in report_lines(event.report) if event.report.edits or event.report.dropped else ():
                     narrate(line)
                 reply = self.session.turns[-1].reply
                 if reply is not None and reply.guard is not None:

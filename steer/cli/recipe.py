@@ -231,7 +231,7 @@ def export(
     done = find_format(format, str(out), "write").write(read, Asked(sae_name=sae_name), _decoder(settings))
     for note in done.notes:
         narrate(note)
-    if not done.edits:
+    if not done.entries:
         raise SteerError(f"no edit of `{file}` can be said in this format", "see what was left out above")
     write_whole(out, done.content)
     narrate(f"wrote {out}")

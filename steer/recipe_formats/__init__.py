@@ -80,8 +80,8 @@ class Written:
 
     content: bytes
     notes: list[str]
-    edits: int
-    """How many edits of the recipe it holds; a file of none is not worth writing."""
+    entries: int
+    """How many edits, or layers with a direction, it holds; a file of none is not worth writing."""
 
 
 class Format(Protocol):
@@ -216,10 +216,12 @@ def why_not(edit: Edit, kinds: Collection[str], clauses: Collection[str] = ()) -
 
 
 def left_out(edit: Edit, why: str) -> str:
+    """The note on an edit that a format cannot express."""
     return f"left out: `{edit}`: {why}"
 
 
 def special_note(edit: Edit) -> str:
+    """The note on an edit that acts on more tokens once it is exported."""
     return f"changed: `{edit}` leaves the first token and special ones alone, the file acts on them too"
 
 

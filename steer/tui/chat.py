@@ -113,9 +113,9 @@ class ChatScreen(Actions):
     @property
     def tags(self) -> dict[int, str]:
         """The letters of the steered latents, as the panel shows them."""
-        edits = self.steer_app.session.steering.edits if self.steer_app.session else ()
-        tagged = reversed(list(zip(edits, palette.TAGS, strict=False)))
-        return {edit.latent: tag for edit, tag in tagged if edit.latent is not None and not edit.hook}
+        session = self.steer_app.session
+        places = session.steering.places(session.engine.info.hook) if session else {}
+        return {latent: palette.TAGS[place] for latent, place in places.items() if place < len(palette.TAGS)}
 
     def draw(self) -> None:
         """Draws everything but the transcript's text from the session."""
@@ -130,7 +130,7 @@ class ChatScreen(Actions):
             return
         self.set_class(session.engine.info.hook is None, "-bare")
         report = next((t.reply.finished.report for t in reversed(session.turns) if t.reply and t.reply.finished), None)
-        labels = self.label(session.steering.latents)
+        labels = self.label(tuple(session.steering.places(session.engine.info.hook)))
         self.panel.show(session.steering, labels=labels, readouts=session.engine.readout, report=report)
         self._draw_painting()
         self._draw_token()
@@ -397,7 +397,7 @@ class ChatScreen(Actions):
 
     def action_pinned(self, step: int) -> None:
         """The steered latents in order, and nothing painted between the last and the first."""
-        around: list[Paint] = [None, *self.session.steering.latents]
+        around: list[Paint] = [None, *self.session.steering.places(self.session.engine.info.hook)]
         here = around.index(self.painting) if self.painting in around else 0
         self.paint(around[(here + step) % len(around)])
 

@@ -112,7 +112,7 @@ class FeaturesScreen(Screen[None]):
         line = status.spread(f"steer  Features   {info.hook or ''}   {info.latents:,} latents", edits, width)
         self.query_one("#headline", Static).update(Text(line))
         painted = self.chat.painting if isinstance(self.chat.painting, int) else None
-        steered = set(self.chat.session.steering.latents)
+        steered = set(self.chat.session.steering.places(info.hook))
         self.found.show(self.cards, painted=painted, steered=steered)
         found = f"{LIMIT} or more found" if len(self.cards) >= LIMIT else f"{len(self.cards)} found"
         self.found.border_title = palette.title(found)

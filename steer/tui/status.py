@@ -69,7 +69,8 @@ def short(number: int) -> str:
 
 
 def reply_status(reply: Reply) -> str:
-    """`steered, 2 edits  41 tok  34 tok/s`, `not steered  12 tok`; `writing...` until the engine has reported."""
+    """`steered, 2 edits  41 tok  34 tok/s`, `steered, error dropped  12 tok`, `not steered  12 tok`; `writing...` until
+    the engine has reported."""
     count = f"{len(reply.events)} tok"
     watched = [reply.guard.summary] if reply.guard is not None and reply.guard.summary else []
     if reply.failed is not None:
@@ -80,7 +81,8 @@ def reply_status(reply: Reply) -> str:
     # An edit whose strength was moved while the reply was written is in the report once for each strength.
     names = {_EDITED.match(edit.text) for edit in report.edits if edit.positions > 0}
     acted = len({name[0] for name in names if name})
-    parts = [f"steered, {acted} edit{'s' * (acted != 1)}"] if report.steered else []
+    what = [*([f"{acted} edit{'s' * (acted != 1)}"] if acted else []), *(["error dropped"] if report.dropped else [])]
+    parts = [", ".join(["steered", *what])] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")
     parts.append(count)

@@ -138,6 +138,13 @@ def test_a_guard_backs_off_only_when_told_to_and_not_at_once() -> None:
         factors.append(firm.factor)
     assert quiet.factor == 1.0 and quiet.meter is not None and quiet.meter.word == "over the line"
     assert factors == [1.0] * (WAIT - 1) + [STEP] * WAIT + [STEP**2] * WAIT + [STEP**3]
+    for broken in (math.nan, math.inf):
+        for figures in ((broken, 1.0), (0.0, broken)):
+            lost = Guard(backs_off=True)
+            for n in range(WAIT):
+                lost.see(event(n, kl=figures[0], surprisal=figures[1], expected=1.0))
+            assert lost.factor == STEP and lost.meter is not None and lost.meter.word == "over the line"
+            assert "over the line" in lost.summary
     calm = Guard(backs_off=True)
     for n in range(50):
         calm.see(event(n, kl=0.1, surprisal=1.1, expected=1.0))

@@ -124,6 +124,13 @@ def test_a_set_changes_into_another_and_keeps_the_first() -> None:
     assert first.find(9) is None
 
 
+def test_the_latents_of_the_first_sae_are_told_with_or_without_its_hook_point() -> None:
+    texts = "7 +1", "5 +1 at blocks.1.hook_resid_post", "9 +1 at blocks.0.hook_resid_post", "ablate 7", "vector v.npy 1"
+    edits = SteeringSet(tuple(map(Edit.parse, texts)))
+    assert list(edits.places("blocks.1.hook_resid_post").items()) == [(7, 0), (5, 1)]
+    assert edits.places(None) == {7: 0}
+
+
 def test_muted_and_bypassed_edits_do_not_act() -> None:
     loud, quiet = Edit.parse("1 +1"), Edit(2, "ablate", muted=True)
     assert SteeringSet((loud, quiet)).live == (loud,)

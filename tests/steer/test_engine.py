@@ -280,3 +280,11 @@ def test_an_sae_of_embeddings_is_refused_in_a_sentence() -> None:
     sae.config = replace(sae.config, hook="")
     with pytest.raises(SteerError, match="stands nowhere in a model"):
         Engine(tiny_model(), byte_tokenizer(), sae)
+
+
+def test_a_layer_that_cannot_be_read_is_said_once_and_stops_nothing(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "layer.db").write_bytes(b"damaged")
+    LabelIndex.create(tmp_path / "main.db").close()
+    index = LabelIndex(tmp_path / "main.db", read_only=True, layer=tmp_path / "layer.db")
+    assert Engine(engine.model, engine.tokenizer, engine.sae, index).info.notice == index.notice != ""
+    assert engine.info.notice is None

@@ -252,6 +252,23 @@ def test_a_page_shows_formulas_labels_and_what_it_was_made_with(steer: Steer, fo
     assert entry["saes"][0]["d_sae"] == 64
 
 
+def test_a_label_is_kept_where_the_edit_names_the_first_saes_own_hook_point(steer: Steer) -> None:
+    with LabelIndex.create(Path("labels.db"), {"d_sae": "64"}) as index:
+        index.add_label(12, "bridges", "me")
+    places = ("", f" at {HOOK}", " at layers.1", " at L1R")
+    edits = [word for place in places for word in ("--edit", f"12 +1{place}")]
+    assert steer("recipe", "save", "r.toml", *edits, "--labels", "labels.db", *WITH).code == 0
+    assert [line.label for line in Recipe.read(Path("r.toml")).lines] == ["bridges"] * len(places)
+
+
+def test_an_error_that_is_dropped_needs_its_sae(steer: Steer) -> None:
+    edit = ("--edit", "vector vector.npy 2 at blocks.0.hook_resid_post")
+    for error, code in (("keep", 0), ("drop", 1)):
+        assert steer("recipe", "save", f"{error}.toml", *edit, "--error", error, *WITH).code == 0
+        ran = steer("complete", "Once", "--recipe", f"{error}.toml", "--max-tokens", "2", "--model", "model")
+        assert ran.code == code and ("cannot run here: no SAE is loaded" in ran.err) == (error == "drop")
+
+
 def test_labels_of_another_sae_are_not_shown(steer: Steer) -> None:
     steer("recipe", "save", "r.toml", "--edit", "12 +2", *WITH)
     with LabelIndex.create(Path("labels.db"), {"sae/sae.safetensors": "0" * 64}) as index:

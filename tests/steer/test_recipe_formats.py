@@ -229,7 +229,7 @@ def test_an_edit_comes_back_or_is_named_with_the_reason(tmp_path: Path, name: st
         return
     named = [note for note in written.notes if f"`{edit}`" in note]
     assert all(len(note) > len(str(edit)) + 20 for note in named)
-    assert written.edits == (not any(note.startswith("left out") for note in named))
+    assert written.entries == (not any(note.startswith("left out") for note in named))
     if named or name == "gguf":
         return
     back, _ = there_and_back(name, recipe, tmp_path, asked)

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,14 +113,21 @@ def test_a_chat_that_reuses_equals_one_that_reads_all_anew(
         text += said + f" and {number}"
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        ("blocks.1.hook_resid_mid", "blocks.1.hook_resid_post"),
+        ("blocks.1.hook_resid_post", "blocks.1.hook_resid_mid"),
+        ("blocks.1.hook_mlp_out", "blocks.1.hook_attn_out"),
+        ("blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"),
+    ],
+)
 @settings(max_examples=15, deadline=None)
-@given(turns=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=2, max_size=4))
+@given(turns=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=2, max_size=4))
 def test_so_does_one_with_several_saes_and_vectors_below_them(
-    fresh: Engine, tmp_path_factory: pytest.TempPathFactory, first: int, turns: list[list[int]]
+    fresh: Engine, tmp_path_factory: pytest.TempPathFactory, hooks: tuple[str, str], turns: list[list[int]]
 ) -> None:
-    hooks = ["blocks.1.hook_resid_mid", "blocks.1.hook_resid_post"]
-    saes = [tiny_sae(hook=hook) for hook in (hooks if first == 0 else hooks[::-1])]
+    saes = [tiny_sae(hook=hook) for hook in hooks]
     file = tmp_path_factory.getbasetemp() / "direction.npy"
     np.save(file, np.linspace(-1, 1, fresh.model.config.d_model, dtype=np.float32))
     sets = [
@@ -129,6 +137,7 @@ def test_so_does_one_with_several_saes_and_vectors_below_them(
         steering(f"vector {file} 3 at blocks.0.hook_resid_post"),
         steering(f"vector {file} -2 at blocks.0.hook_resid_pre on generated", "3 6"),
         steering(f"7 5 when 5 > 0.2 at {hooks[0]}"),
+        steering(f"vector {file} 4 at blocks.1.hook_resid_pre on 2..5"),
     ]
     chat, anew = (Engine(fresh.model, fresh.tokenizer, saes) for _ in range(2))
     text = "Once upon"
@@ -138,6 +147,16 @@ def test_so_does_one_with_several_saes_and_vectors_below_them(
         assert_same(ours, theirs)
         said = "".join(event.text for event in ours if isinstance(event, TokenEvent) and not event.special)
         text += said + f" and {number}"
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_resid_mid"])
+def test_hits_follow_an_edit_that_comes_and_goes_below_the_sae_in_its_own_block(
+    fresh: Engine, tmp_path: Path, hook: str
+) -> None:
+    np.save(file := tmp_path / "direction.npy", np.linspace(-1, 1, fresh.model.config.d_model, dtype=np.float32))
+    chat, anew = engine_like(fresh, hook), engine_like(fresh, hook)
+    for one in (steering(), steering(f"vector {file} 3 at blocks.1.hook_resid_pre"), steering("3 6"), steering()):
+        assert_same(*(ask(engine, Prompt(text="Once upon"), [one], engine is chat) for engine in (chat, anew)))
 
 
 def test_only_what_is_new_is_read_and_a_changed_set_runs_nothing_below_its_hook() -> None:

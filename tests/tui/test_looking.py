@@ -120,6 +120,15 @@ async def test_help_tells_keys_commands_and_how_add_and_bias_differ(running: Run
         assert driver.app.chat.panel.has_focus
 
 
+async def test_an_edit_at_the_hook_point_of_the_sae_is_one_of_its_features(running: Running) -> None:
+    async with running(FakeEngine("a")) as driver:
+        await driver.send("/steer 3 +1x at blocks.1.hook_resid_post")
+        await driver.send("/steer 5 +1x at blocks.4.hook_resid_post")
+        assert driver.app.chat.tags == {5: "b"}
+        await driver.press("escape", "right_square_bracket")
+        assert driver.app.chat.painting == 5
+
+
 async def test_a_model_without_an_sae_talks_and_says_what_is_missing(running: Running) -> None:
     engine = FakeEngine("a")
     engine.info = EngineInfo("plain", "float32", "cpu", 64, notice="this model runs without features")

@@ -1,0 +1,72 @@
+"""A layer that cannot be read is left out and named; what it lies over stays of use."""
+
+import random
+import sqlite3
+
+import pytest
+
+from labels.index import Calibration, LabelIndex
+
+
+@pytest.fixture
+def main(tmp_path):
+    with LabelIndex.create(tmp_path / "main.db", {"sae/sae.safetensors": "one"}) as index:
+        index.write_features([5, 6], [1.0, 2.0], [1.0, 1.0], [0.1, 0.1])
+        index.write_calibrations([Calibration(6, 1.0, 2.0, 3.0, "{}")])
+    return tmp_path / "main.db"
+
+
+@pytest.fixture
+def layer(tmp_path):
+    """Of many pages, so that the middle of it is rows."""
+    rng = random.Random(0)
+    with LabelIndex.create(tmp_path / "layer.db", {"sae/sae.safetensors": "one"}) as index:
+        index.write_calibrations(
+            Calibration(latent, 1.0, 2.0, 7.0, f"{rng.random()}" * 200) for latent in [5, *range(7, 200)]
+        )
+    return tmp_path / "layer.db"
+
+
+def test_a_whole_layer_stands_before_the_index(main, layer):
+    with LabelIndex(main, read_only=True, layer=layer) as index:
+        assert [index.feature(latent).steerability for latent in (5, 6)] == [7.0, 3.0]
+        assert index.notice == ""
+    with LabelIndex(main, read_only=True, layer=layer.with_name("missing.db")) as index:
+        assert (index.feature(5).steerability, index.notice) == (None, "")
+
+
+def damage(content: bytes, at: int) -> bytes:
+    return content[:at] + b"\x55" * 4096 + content[at + 4096 :]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: whole[:100] + b"\x55" * (len(whole) - 100),
+        lambda whole: damage(whole, len(whole) // 8192 * 4096),
+        lambda whole: damage(whole, len(whole) - 4096),
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"hello " * 1000,
+        lambda whole: b"",
+    ],
+    ids=["after its header", "in the middle", "at the end", "cut short", "text", "empty"],
+)
+def test_a_damaged_layer_is_left_out_and_named(main, layer, spoil):
+    layer.write_bytes(spoil(layer.read_bytes()))
+    before = layer.read_bytes()
+    with LabelIndex(main, read_only=True, layer=layer) as index:
+        assert [index.feature(latent).steerability for latent in (5, 6)] == [None, 3.0]
+        assert [each.latent for each in index.search("sort:steer")] == [6]
+        assert f"`{layer}`" in index.notice and "\n" not in index.notice
+    assert layer.read_bytes() == before
+
+
+def test_so_is_a_file_of_another_program_and_a_folder(main, layer):
+    layer.unlink()
+    db = sqlite3.connect(layer)
+    db.execute("CREATE TABLE x (y)")
+    db.commit()
+    db.close()
+    for path in (layer, layer.parent):
+        with LabelIndex(main, read_only=True, layer=path) as index:
+            assert index.feature(6).steerability == 3.0 and str(path) in index.notice
