@@ -166,6 +166,17 @@ def test_what_steer_toml_says_elsewhere_does_not_change_a_recipe(steer: Steer) -
     assert steer("complete", "Once", "--json", "--recipe", "r.toml", *WITH).lines == before
 
 
+def test_a_recipe_knows_every_sae_in_use(steer: Steer) -> None:
+    below = "blocks.0.hook_resid_post"
+    save_sae("below", tiny_sae(hook=below))
+    both = (*WITH, "--sae", "below")
+    assert steer("recipe", "save", "r.toml", "--edit", "12 +2", "--edit", f"5 +1 at {below}", *both).code == 0
+    assert [mark.hook for mark in Recipe.read(Path("r.toml")).saes] == [HOOK, below]
+    checked = steer("recipe", "check", "r.toml", "--json", *both)
+    assert checked.code == 0 and all(line["ok"] for line in checked.lines)
+    assert steer("recipe", "check", "r.toml", *WITH).code == 1
+
+
 def changed_sae(folder: Path, where: Path, **changes: Any) -> None:
     """Another SAE of the same shape, with other maxima."""
     sae = tiny_sae(hook=HOOK, **changes)
