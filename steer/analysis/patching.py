@@ -86,8 +86,9 @@ def patch(
     if not differing:
         raise SteerError("the two prompts are the same", "change a word of one of them")
     positions = range(differing[0], len(clean)) if positions is None else positions
-    if bad := [place for place in positions if not 0 <= place < len(clean)]:
-        raise SteerError(f"there is no token {bad[0]} in these prompts", f"they go from 0 to {len(clean) - 1}")
+    bad = next((place for place in positions if not 0 <= place < len(clean)), None)
+    if bad is not None:
+        raise SteerError(f"there is no token {bad} in these prompts", f"they go from 0 to {len(clean) - 1}")
     for point in points:
         if point.layer >= model.config.n_layers:
             raise SteerError(f"there is no {point}: the model has {model.config.n_layers} blocks, from 0")

@@ -40,7 +40,7 @@ def why(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Explain the difference to this token, a text or an id.", metavar="TEXT_OR_ID"),
+        typer.Option(help="Explain the difference to this token: an id in digits alone, else a text (\" 4\").", metavar="TEXT_OR_ID"),
     ] = None,
     latent: Annotated[
         int | None, typer.Option(help="Explain why this latent is on at the token.", metavar="ID")
@@ -64,6 +64,8 @@ def why(
         raise SteerError(f"--top is {top}", "give at least 1")
     if latent is None and through is not None:
         raise SteerError("--through goes with --latent", "add `--latent ID`, or leave it out")
+    if latent is not None and through is None and by != "raw":
+        raise SteerError(f"--by {by} ranks latents, and --latent alone ranks tokens", "add `--through DIR`")
     if latent is not None and against is not None:
         raise SteerError("--against explains a token, --latent a latent", "leave one of them out")
     wanted = given_text(prompt, "prompt")
@@ -169,8 +171,8 @@ def prompt_tokens(engine: Engine, text: str, chat: bool) -> list[int]:
 
 
 def one_token(tokenizer: Tokenizer, given: str, option: str) -> int:
-    """The id that was typed, or that of a text which is one token."""
-    if given.strip().isdecimal() and given.isascii():
+    """The id that was typed in digits and nothing else, or that of a text which is one token; ` 4` is a text."""
+    if given.isdecimal() and given.isascii():
         token = int(given)
         if token >= tokenizer.vocab_size and token not in tokenizer.special_ids:
             raise SteerError(f"{option} is {token}, and the vocabulary has {tokenizer.vocab_size:,} tokens, from 0")
