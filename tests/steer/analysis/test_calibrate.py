@@ -1,6 +1,7 @@
 """Calibration and controls on the demo: what is measured is what happens, and what was measured is kept."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,4 +129,28 @@ def test_controls_tell_the_direction_from_any_other(demo: Engine) -> None:
     with pytest.raises(SteerError, match="does not add to a latent"):
         run_controls(demo, Edit.parse("ablate 5"), ["book"], prompts, asked)
     with pytest.raises(SteerError, match="no words"):
+        run_controls(demo, edit, [" "], prompts, asked)
+    with pytest.raises(SteerError, match="no words"):
         run_controls(demo, edit, [], prompts, asked)
+
+
+@pytest.mark.parametrize(
+    ("topic", "said", "count"),
+    [
+        (["ice cream"], "Ice cream, ice\n cream and an icecream; nice cream.", 2),
+        (["cream", "ice cream"], "An ice cream with cream.", 2),
+        (["book"], "A book, books and a notebook: BOOK.", 2),
+        (["c++"], "C++ and c.", 1),
+    ],
+)
+def test_a_topic_is_counted_by_whole_words(
+    demo: Engine, monkeypatch: pytest.MonkeyPatch, topic: list[str], said: str, count: int
+) -> None:
+    monkeypatch.setattr(
+        "steer.analysis.controls.write", lambda engine, prompts, *_: [(Text((4080, 5), (6, 7)), said)] * len(prompts)
+    )
+    [prompt] = prompts = [Prompt(text="Once")]
+    found = run_controls(demo, Edit.parse(f"{BOOK} +0.5x"), topic, prompts, [prompt], seeds=2)
+    assert {one.rate.value for one in found} == {1.0}
+    [words] = {one.words.value for one in found}
+    assert words == pytest.approx(100 * count / len(re.findall(r"\w+", said)))
