@@ -16,7 +16,7 @@ from steer.compare import Comparison, compare
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, sentence
-from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean
+from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean, clean_line
 from steer.session import MAX_SEED, EngineLike, Prompt, Role, check_max_tokens
 
 DEFAULT_TOKENS = 128
@@ -108,6 +108,8 @@ def compare_replies(
     sets |= {"spliced": SteeringSet(error="drop")} if spliced else {}
     with engines.interruptible() as cancel:
         for text, ask, seed in zip(texts, asks, seeds, strict=True):
+            if cancel.is_set():
+                break
             rows = [Row(text, seed) for _ in sets]
             events = _events(
                 engine, [ask] * len(rows), list(sets.values()), settings, [seed] * len(rows), limit, cancel, True, ends,
@@ -262,5 +264,5 @@ def comparison_lines(found: Comparison, engine: EngineLike) -> list[str]:
     names = engine.labels([change.latent for change in found.changed])
     for one in found.changed:
         means = f"{one.difference:+8.2f}  {one.baseline:.2f} -> {one.steered:.2f}"
-        lines.append(f"  {one.latent:>6} {means}  {names.get(one.latent, '')}")
+        lines.append(f"  {one.latent:>6} {means}  {clean_line(names.get(one.latent, ''))}".rstrip())
     return lines
