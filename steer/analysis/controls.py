@@ -12,6 +12,8 @@ The same prompts and seeds are written by
 and what comes is counted: the share of replies with a word of the topic (interval after Wilson), its words in 100 words
 (bootstrap over replies), and the perplexity of the replies under the unsteered model, each beside the plain prompt.
 A random or shuffled control has a direction of its own for each seed, so that none stands for all.
+
+Letters: T tokens of a reply, D d_model, V vocabulary.
 """
 
 from __future__ import annotations

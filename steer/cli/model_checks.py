@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.analysis.prose import PARAGRAPH
 from steer.cli import engines
-from steer.cli.options import narrate
+from steer.cli.options import narrate, text_of
 from steer.config import DEMO_MODEL, DEMO_SAE, Settings
 from steer.errors import SteerError
 
@@ -61,12 +61,7 @@ class Subject:
 
     def read_text(self) -> str:
         """What to measure on: the text given, else a paragraph of our own."""
-        if self.text is None:
-            return PARAGRAPH
-        try:
-            return self.text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise SteerError(f"`{self.text}` is no text in UTF-8") from error
+        return PARAGRAPH if self.text is None else text_of(self.text)
 
     @cached_property
     def sae(self) -> SAEConfig | None:

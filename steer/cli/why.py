@@ -40,7 +40,10 @@ def why(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Explain the difference to this token: an id in digits alone, else a text (\" 4\").", metavar="TEXT_OR_ID"),
+        typer.Option(
+            help='Explain the difference to this token: an id in digits alone, else a text (" 4").',
+            metavar="TEXT_OR_ID",
+        ),
     ] = None,
     latent: Annotated[
         int | None, typer.Option(help="Explain why this latent is on at the token.", metavar="ID")

@@ -97,9 +97,7 @@ class Interrupted(FakeEngine):
             yield event
 
 
-def test_an_interrupted_comparison_shows_what_it_has_and_no_more(
-    steer: Steer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_comparison_shows_what_it_has_and_no_more(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Interrupted())
     ran = steer("complete", "first", "second", "third", "--compare", "--json")
     assert ran.code == 130
@@ -175,7 +173,9 @@ def test_controls_take_the_seeds_and_the_system_message_that_are_given(
 
 
 def test_a_wrong_sae_steers_only_when_it_is_trusted(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.analysis.checkup.glance", lambda model, sae, tokenizer: "the SAE does not fit this model")
+    monkeypatch.setattr(
+        "steer.analysis.checkup.glance", lambda model, sae, tokenizer: "the SAE does not fit this model"
+    )
     call = ("complete", "Once", "--edit", "5 +6", *QUICK, "--json")
     refused = steer(*call)
     assert refused.code == 1 and refused.out == "" and "--trust-sae" in refused.err
