@@ -35,7 +35,7 @@ class Meter:
 
     @property
     def level(self) -> float:
-        """The largest as a share of its line, at least 0; infinite where a figure is no number, as after an overflow."""
+        """The largest as a share of its line, at least 0; infinite where one is no number, as after an overflow."""
         shares = self.kl / KL_LINE, self.surprise / SURPRISE_LINE, self.repetition / REPEAT_LINE
         return max(*shares, 0.0) if all(map(math.isfinite, shares)) else math.inf
 

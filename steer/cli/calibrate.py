@@ -87,8 +87,8 @@ def _keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str,
 
 
 def _open(engine: Engine) -> LabelIndex:
-    """Where calibrations go: into the index in use, or beside the one that ships. A layer that was measured with another
-    SAE steps aside under a name of its own, and comes back with that SAE."""
+    """Where calibrations go: into the index in use, or beside the one that ships. A layer that was measured with
+    another SAE steps aside under a name of its own, and comes back with that SAE."""
     from labels.index import LabelIndex
 
     index = engine.index

@@ -1,4 +1,4 @@
-"""`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae`, as they are typed, on a tiny model and SAE."""
+"""`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae` as they are typed, on a tiny model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sae.checkpoint import save_sae
-from sae.model import SAE, SAEConfig
 from steer.analysis.controls import CONDITIONS
 from steer.analysis.likelihood import Text
 from steer.cli import main
