@@ -36,8 +36,9 @@ def inspect(
         Literal["token", "text"], typer.Option(help="Features of each token, or ranked over the text.")
     ] = "token",
     aggregate: Annotated[
-        Aggregate, typer.Option(help="How `--by text` ranks: over tokens but the first and special.")
-    ] = "mean",
+        Aggregate | None,
+        typer.Option(help="How `--by text` ranks: over tokens but the first and special (default mean)."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", metavar="FILE")] = None,
     ablate: Annotated[
         int | None,
@@ -50,6 +51,11 @@ def inspect(
         raise SteerError(f"--top is {top}", "give at least 1")
     if ablate is not None and (by == "text" or html is not None):
         raise SteerError("--ablate goes token by token", "leave out `--by text` and `--html`")
+    if aggregate is not None and by != "text":
+        raise SteerError("--aggregate is how a text's features are ranked", "add `--by text`, or leave it out")
+    for name, typed in (("--by text", by == "text"), ("--top", top is not None), ("--json", json)):
+        if typed and html is not None:
+            raise SteerError(f"--html writes a page of every token, and {name} is not for it", "leave one of them out")
     wanted = given_text(text, "text")
     engine = engines.load_engine(settings) if ablate is not None else engines.make_engine(settings)
     if engine.info.hook is None:
@@ -65,7 +71,7 @@ def inspect(
         _write(html, page(tokens, names, engine.info))
         narrate(f"wrote {html}")
     elif by == "text":
-        _by_text(tokens, names, aggregate, top or 20, json)
+        _by_text(tokens, names, aggregate or "mean", top or 20, json)
     elif json:
         for token in tokens:
             hits = [hit_entry(hit, names) for hit in token.hits[:top]]
