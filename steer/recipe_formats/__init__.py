@@ -81,13 +81,16 @@ class Written:
     content: bytes
     notes: list[str]
     edits: int
-    """How many edits of the recipe it holds; a file of none is not worth writing."""
+    """How many edits it holds, summed ones as one; a file of none is not worth writing."""
 
 
 class Format(Protocol):
     """The module of a format."""
 
     TITLE: str
+    READS: Collection[str]
+    """The fields of `Asked` that reading heeds."""
+    WRITES: Collection[str]
 
     def read(self, path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read: ...
 
@@ -216,10 +219,12 @@ def why_not(edit: Edit, kinds: Collection[str], clauses: Collection[str] = ()) -
 
 
 def left_out(edit: Edit, why: str) -> str:
+    """The sentence on an edit that a file does not hold."""
     return f"left out: `{edit}`: {why}"
 
 
 def special_note(edit: Edit) -> str:
+    """The sentence on an edit that comes to act on special tokens too."""
     return f"changed: `{edit}` leaves the first token and special ones alone, the file acts on them too"
 
 

@@ -37,6 +37,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "GGUF control vector"
+READS, WRITES = frozenset({"coefficient"}), frozenset[str]()
 ARCHITECTURE = "controlvector"
 COUNTED = (
     "direction.L is added to what block L puts out, counted from 0, as repeng and llama.cpp do; if its author counted "

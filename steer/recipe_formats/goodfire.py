@@ -39,6 +39,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "Goodfire file"
+READS, WRITES = frozenset({"hook", "sae_name"}), frozenset({"sae_name"})
 MODELS = {
     "meta-llama/Meta-Llama-3.1-8B-Instruct": "blocks.19.hook_resid_post",
     "meta-llama/Llama-3.3-70B-Instruct": "blocks.50.hook_resid_post",

@@ -46,6 +46,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "lm-evaluation-harness CSV"
+READS, WRITES = frozenset({"hook"}), frozenset({"sae_name"})
 COLUMNS = (
     "loader",
     "action",

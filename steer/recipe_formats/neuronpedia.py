@@ -46,6 +46,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "Neuronpedia file"
+READS, WRITES = frozenset({"hook", "strength"}), frozenset({"sae_name"})
 LINK = re.compile(r"https?://(?:www\.)?neuronpedia\.org/([^/\s?#]+)/([^/\s?#]+)/([0-9]{1,12})(?:[?#]\S*)?")
 ADDS, PROJECTS, CAPS = "SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"
 STRONGEST = 300
