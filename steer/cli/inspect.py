@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -17,6 +16,7 @@ from steer.cli.options import Chat, Json, command, given_text, narrate, put
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import LatentHit, TokenEvent, clean, clean_line
+from steer.files import write_whole
 
 if TYPE_CHECKING:
     from steer.engine import Engine
@@ -68,7 +68,7 @@ def inspect(
     if html is not None:
         from steer.cli.page import page
 
-        _write(html, page(tokens, names, engine.info))
+        write_whole(html, page(tokens, names, engine.info).encode())
         narrate(f"wrote {html}")
     elif by == "text":
         _by_text(tokens, names, aggregate or "mean", top or 20, json)
@@ -138,12 +138,3 @@ def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int
     name = f" ({names[latent]})" if names.get(latent) else ""
     narrate(f"latent {latent}{name} is on at {count} of {len(tokens)} tokens; without it the text's")
     narrate(f"log-likelihood changes by {total:+.3f} nats")
-
-
-def _write(file: Path, text: str) -> None:
-    partial: Any = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from steer.config import DEMO_LABELS, Settings, sessions_folder
 from steer.edits import FORMULAS, SteeringSet, Strength
 from steer.errors import ExitCode, SteerError
 from steer.events import clean, clean_line
+from steer.files import write_whole
 from steer.recipe import Line, Recipe
 from steer.session import Sampling, Session
 
@@ -226,7 +227,6 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a recipe for another tool."""
-    from steer.recipe import write_whole
     from steer.recipe_formats import find_format
 
     _check_free(out, force)
