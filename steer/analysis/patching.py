@@ -131,9 +131,9 @@ def _differences(
     """The difference of the logits with the change made at each of the positions alone."""
     size = max(1, TOKENS_AT_ONCE // len(change_TD))
     for start in range(0, len(positions), size):
-        some = torch.tensor(positions[start : start + size], device=change_TD.device)
-        x_BTD = replay.x_TD.repeat(len(some), 1, 1)
-        x_BTD[torch.arange(len(some), device=some.device), some] += change_TD[some]
+        position_B = torch.tensor(positions[start : start + size], device=change_TD.device)
+        x_BTD = replay.x_TD.repeat(len(position_B), 1, 1)
+        x_BTD[torch.arange(len(position_B), device=change_TD.device), position_B] += change_TD[position_B]
         logits_BV = replay.logits(replay(x_BTD)[:, -1])
         yield from (logits_BV[:, answer] - logits_BV[:, wrong]).tolist()
 
