@@ -112,7 +112,8 @@ def survey(path: Path) -> Survey:
             given = read_object(line).get("id")
         except SteerError:
             given = None
-        ids.append(hash(given if type(given) in (str, int) else (number,)))
+        # of its text: Python's hash is the same for -1 and -2
+        ids.append(hash(repr(given if type(given) in (str, int) else (number,))))
     _, first, inverse = np.unique(np.array(ids, dtype=np.int64), return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(ids)))
     example = (lines[first[inverse[again[0]]]], lines[again[0]]) if len(again) else None

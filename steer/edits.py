@@ -67,11 +67,15 @@ class Strength:
     number: float
     unit: Unit = "raw"
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.number):
+            raise SteerError(f"a strength of {self.number} is no number to steer with", "give a finite one")
+
     @classmethod
     def parse(cls, text: str) -> Strength:
         """The strength written as `13.6`, `1.1x` or `30%`; a `SteerError` when it is none of these or not finite."""
         match = _NUMBER.fullmatch(text.strip())
-        if match is None or not math.isfinite(float(match[1])):
+        if match is None or not math.isfinite(float(match[1])):  # which is named as it was written
             raise SteerError(
                 f"`{clean(text)}` is no strength", "write `13.6` (raw), `1.1x` (of max) or `30%` (of the residual norm)"
             )

@@ -81,10 +81,9 @@ def file_hash(path: Path) -> str:
 
 def sae_folders(settings: Settings) -> list[Path]:
     """The folders of the SAEs in use, the first one's features being shown."""
-    given = settings.sae
-    if given is None:
+    if settings.sae is None:
         return [] if settings.model else [DEMO_SAE]
-    return [Path(given)] if isinstance(given, str) else [Path(one) for one in given]
+    return [Path(one) for one in (settings.sae, *settings.more_saes)]
 
 
 def model_mark(settings: Settings, engine: EngineLike | None) -> ModelMark:

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import tomllib
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError, sentence
 from steer.events import CONTROL, clean
+from steer.files import write_whole
 from steer.session import Sampling, check_max_tokens, check_seed
 
 FORMAT, VERSION = "steer-recipe", 1
@@ -201,18 +201,6 @@ class Recipe:
             blocks.append("[model]\n" + _keys(_told(self.model)))
         blocks += ["[[sae]]\n" + _keys(_told(sae)) for sae in self.saes]
         return "\n\n".join(blocks) + "\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and moves it into place; `SteerError` when that cannot be."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise SteerError(f"`{path}` cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from steer.events import (
     TokenEvent,
     clean,
 )
+from steer.files import write_whole
 from steer.session import Mode, Reply, Role, Sampling, Session, Turn, check_max_tokens, check_seed
 
 FORMAT = "steer-session"
@@ -71,16 +71,7 @@ class Store:
         path = self.folder / f"{name}.json"
         if name != session.name and path.exists():
             raise SteerError(f"there is a session `{name}` already", "choose another name, or open that one")
-        partial = self.folder / f".{uuid.uuid4().hex}.partial"
-        text = json.dumps(snapshot(session), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        try:
-            with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        export(session, path)
         session.name = name
         return path
 
@@ -154,6 +145,12 @@ def _resume(session: Session, steering: SteeringSet) -> str | None:
     session.steering = replace(steering, edits=tuple(able))
     lost = len(steering.edits) - len(able)
     return f"{lost} of {len(steering.edits)} edits cannot run here and were left out: {why}" if lost else None
+
+
+def export(session: Session, path: Path) -> None:
+    """Writes the session to a file of its own, which no store lists."""
+    text = json.dumps(snapshot(session), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    write_whole(path, text.encode("utf-8", "surrogatepass"))
 
 
 def snapshot(session: Session) -> Json:

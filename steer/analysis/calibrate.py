@@ -1,7 +1,7 @@
 """Calibration: how a latent answers to being added at rising strengths, in what it brings about and what it breaks.
 
 Every strength writes a reply to each of some prompts, neutral ones (far from the topic) and beginnings of the latent's
-own examples (near it), all of one latent in one batch, with the same seeds as the baseline. The targets are the tokens
+own examples (near it), all of one latent together, with the same seeds as the baseline. The targets are the tokens
 that the latent promotes by the logit lens and those on which its strongest examples fire. Over a strength's replies:
 
     effect       target tokens in 100 tokens, less the baseline's
@@ -13,13 +13,15 @@ that the latent promotes by the logit lens and those on which its strongest exam
     sweet spot     the strength of the largest effect on the neutral prompts with perplexity <= 1.5 times the baseline's
     cliff          the lowest strength with perplexity > 3 times the baseline's, or repeats > 0.5
     steerability   the effect on the neutral prompts at the sweet spot; 0 where no strength has an effect there
+
+Letters: T tokens of a reply, V vocabulary, N targets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 
 from steer.analysis.likelihood import Text, logprobs, write
@@ -34,6 +36,8 @@ STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
 PROMPTS = ("Once upon a time", "One day", "I think that", "There was a")
 """Neutral ones, far from most topics."""
 TOKENS = 40
+ROWS = 64
+"""Replies that are written at once."""
 NEAR = 2
 """Beginnings of the latent's own examples."""
 SWEET_RATIO, CLIFF_RATIO, CLIFF_REPEATS = 1.5, 3.0, 0.5
@@ -72,11 +76,6 @@ class Calibrated:
     sweet: float | None
     cliff: float | None
     steerability: float
-
-    @property
-    def entry(self) -> dict[str, object]:
-        """As JSON."""
-        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -138,7 +137,10 @@ class Calibrator:
         """A reply to each prompt."""
         each = [sets] * len(asks) if isinstance(sets, SteeringSet) else list(sets)
         prompts, seeds = [Prompt(text=prompt) for prompt, _ in asks], [self.seed] * len(asks)
-        written = write(self.engine, prompts, each, seeds, self.tokens, self.sampling)
+        written: list[tuple[Text, str]] = []
+        for start in range(0, len(asks), ROWS):
+            part = slice(start, start + ROWS)
+            written += write(self.engine, prompts[part], each[part], seeds[part], self.tokens, self.sampling)
         return [_Written(text, ask + said, near) for (ask, near), (text, said) in zip(asks, written, strict=True)]
 
     def _measure(
@@ -157,12 +159,12 @@ class Calibrator:
         for row, theirs_TV, ours_TV in zip(rows, plain, steered, strict=True):
             if not row.text.reply:
                 continue
-            reply = theirs_TV.new_tensor(row.text.reply).long()
-            surprisals += (-theirs_TV.gather(1, reply[:, None])[:, 0]).tolist()
+            reply_T = theirs_TV.new_tensor(row.text.reply).long()
+            surprisals += (-theirs_TV.gather(1, reply_T[:, None])[:, 0]).tolist()
             kls += (ours_TV.exp() * (ours_TV - theirs_TV)).sum(-1).tolist()
             if targets:
-                of = ours_TV.new_tensor(list(targets)).long()
-                gains += (ours_TV[:, of].logsumexp(1) - theirs_TV[:, of].logsumexp(1)).tolist()
+                target_N = ours_TV.new_tensor(list(targets)).long()
+                gains += (ours_TV[:, target_N].logsumexp(1) - theirs_TV[:, target_N].logsumexp(1)).tolist()
         far, near = ([row for row in rows if row.near is side] for side in (False, True))
         perplexity = math.exp(fmean(surprisals)) if surprisals else math.nan
         return Trial(

@@ -263,10 +263,10 @@ def discoveries(p_F: Tensor) -> Tensor:
     """Which of many p-values stand at a false discovery rate of 5%, (F,) of bool."""
     sorted_F, order_F = p_F.sort()
     allowed_F = LEVEL * torch.arange(1, len(p_F) + 1, dtype=torch.float64) / max(len(p_F), 1)
-    passing = (sorted_F <= allowed_F).nonzero()
+    passes_F = sorted_F <= allowed_F
     found_F = torch.zeros(len(p_F), dtype=torch.bool)
-    if len(passing):
-        found_F[order_F[: int(passing[-1]) + 1]] = True
+    if bool(passes_F.any()):
+        found_F[order_F[: int(passes_F.nonzero()[-1]) + 1]] = True
     return found_F
 
 

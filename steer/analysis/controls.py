@@ -12,6 +12,8 @@ The same prompts and seeds are written by
 and what comes is counted: the share of replies with a word of the topic (interval after Wilson), its words in 100 words
 (bootstrap over replies), and the perplexity of the replies under the unsteered model, each beside the plain prompt.
 A random or shuffled control has a direction of its own for each seed, so that none stands for all.
+
+Letters: T tokens of a reply, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -72,36 +74,46 @@ def run_controls(
     asked: Sequence[Prompt],
     *,
     seeds: int = 50,
+    seed: int = 0,
     tokens: int = 60,
     sampling: Sampling | None = None,
     on_done: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Control]:
     """The conditions in order. `asked` are the prompts that ask for the topic, one for each of `prompts`.
 
-    `edit` has to add to a latent. A `SteerError` for one that does not, or cannot run here.
+    Each prompt is gone on from with `seeds` seeds, from `seed` on. `edit` has to add to a latent; a `SteerError` for
+    one that does not, or cannot run here. A word of the topic may be several, as `ice cream`.
     """
     if edit.kind != "add" or edit.latent is None or edit.strength is None:
         raise SteerError(f"`{edit}` does not add to a latent", "controls are for edits as `21863 +1.1x`")
+    topic = [words for words in topic if words.strip()]
     if not topic:
         raise SteerError("the topic has no words", "give them as `--topic book,books,library`")
     engine.check(edit)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _plan(engine, edit, prompts, asked, seeds, Path(folder))
+        rows = _plan(engine, edit, prompts, asked, range(seed, seed + seeds), Path(folder))
         replies: list[tuple[Text, str]] = []
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
             prompted, sets, drawn = [r.prompt for r in part], [r.steering for r in part], [r.seed for r in part]
             replies += write(engine, prompted, sets, drawn, tokens, sampling or engine.defaults)
             on_done(len(replies), len(rows))
-    found = []
+    found, said = [], _pattern(topic)
     for name in CONDITIONS:
         mine = [(row, reply) for row, reply in zip(rows, replies, strict=True) if row.name == name]
-        found.append(_count(engine, name, mine, {word.lower() for word in topic}))
+        found.append(_count(engine, name, mine, said))
     return found
 
 
+def _pattern(topic: Sequence[str]) -> re.Pattern[str]:
+    """What finds each of the topic's words, which may be several (`ice cream`), where no other word goes on from it."""
+    longest = sorted(topic, key=len, reverse=True)
+    each = (r"\s+".join(map(re.escape, words.split())) for words in longest)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(each)})(?!\w)", re.IGNORECASE)
+
+
 def _plan(
-    engine: Engine, edit: Edit, prompts: Sequence[Prompt], asked: Sequence[Prompt], seeds: int, folder: Path
+    engine: Engine, edit: Edit, prompts: Sequence[Prompt], asked: Sequence[Prompt], seeds: range, folder: Path
 ) -> list[_Row]:
     """Every reply that is to be written."""
     assert edit.latent is not None and edit.strength is not None and len(asked) == len(prompts)
@@ -114,7 +126,7 @@ def _plan(
     if not live:
         raise SteerError("no other latent of this SAE is known to fire, so none can be a control")
     rows = []
-    for number in range(seeds):
+    for number in seeds:
         draw = random.Random(number)
         other = draw.choice(live)
         norm = float(sae.decoder_direction(other).norm())
@@ -139,19 +151,18 @@ def _plan(
     return rows
 
 
-def _count(engine: Engine, name: str, mine: Sequence[tuple[_Row, tuple[Text, str]]], topic: set[str]) -> Control:
+def _count(engine: Engine, name: str, mine: Sequence[tuple[_Row, tuple[Text, str]]], topic: re.Pattern[str]) -> Control:
     """What came of one condition. The perplexity is that of a reply after its own prompt."""
     sums = DocumentSums()
     texts = [text for _, (text, _) in mine]
     scores = logprobs(engine, texts, [SteeringSet()] * len(texts))
     hits = 0
     for number, ((_, (text, said)), logprobs_TV) in enumerate(zip(mine, scores, strict=True)):
-        written = re.findall(r"\w+", said.lower())
-        count = sum(word in topic for word in written)
+        written, count = len(re.findall(r"\w+", said)), len(topic.findall(said))
         hits += count > 0
-        reply = torch.tensor(text.reply, dtype=torch.int64, device=logprobs_TV.device)
-        surprisal = float(-logprobs_TV.gather(1, reply[:, None]).sum()) if len(reply) else 0.0
-        facts = {"topic": count, "words": len(written), "surprisal": surprisal, "tokens": len(reply)}
+        reply_T = torch.tensor(text.reply, dtype=torch.int64, device=logprobs_TV.device)
+        surprisal = float(-logprobs_TV.gather(1, reply_T[:, None]).sum()) if len(reply_T) else 0.0
+        facts = {"topic": count, "words": written, "surprisal": surprisal, "tokens": len(reply_T)}
         sums.add(torch.tensor([number]), **{key: torch.tensor([float(value)]) for key, value in facts.items()})
     words, perplexity = sums.metrics(
         {

@@ -81,21 +81,17 @@ class LatentParts:
 
 @dataclass(frozen=True)
 class Effects:
-    """The estimates for all parts. The number they speak of is `value` at x."""
+    """The estimates for all parts."""
 
-    value: float
     gradient_N: Tensor
     attribution_N: Tensor
     attribution_P: Tensor
     """The same for each pair."""
-    gradient_TD: Tensor
-    """The gradient at x."""
 
 
 def estimate(metric: Metric, x_TD: Tensor, parts: LatentParts) -> Effects:
     """Gradient and attribution of every part of x; those of the weaker parts are the same."""
-    value_1, gradient_1TD = _gradients(metric, x_TD[None])
-    dots_P = parts.dots(gradient_1TD[0])
+    dots_P = parts.dots(_gradients(metric, x_TD[None])[0])
     gradient_N = _per_part(parts, dots_P)
     attribution_P = dots_P.clone()
     count = max(_FEWEST, min(GROUPS, _GROUP_TOKENS // len(x_TD)))
@@ -104,14 +100,14 @@ def estimate(metric: Metric, x_TD: Tensor, parts: LatentParts) -> Effects:
     members = [torch.isin(parts.part_P, group) for group in groups]
     for some in _split(members, len(x_TD)):
         halfway = torch.stack([x_TD - 0.5 * parts.sum(member_P) for member_P in some])
-        for member_P, gradient_TD in zip(some, _gradients(metric, halfway)[1], strict=True):
+        for member_P, gradient_TD in zip(some, _gradients(metric, halfway), strict=True):
             attribution_P[member_P] = parts.dots(gradient_TD)[member_P]
-    return Effects(float(value_1[0]), gradient_N, _per_part(parts, attribution_P), attribution_P, gradient_1TD[0])
+    return Effects(gradient_N, _per_part(parts, attribution_P), attribution_P)
 
 
 def along(metric: Metric, x_TD: Tensor, part_TD: Tensor) -> float:
     """The attribution of one part alone, from the gradient halfway to where it is gone."""
-    return float((part_TD * _gradients(metric, (x_TD - 0.5 * part_TD)[None])[1][0]).sum())
+    return float((part_TD * _gradients(metric, (x_TD - 0.5 * part_TD)[None])[0]).sum())
 
 
 def removals(metric: Metric, x_TD: Tensor, taken: Iterable[Tensor]) -> list[float]:
@@ -127,12 +123,11 @@ def _per_part(parts: LatentParts, value_P: Tensor) -> Tensor:
     return value_P.new_zeros(len(parts.latents_N)).index_add_(0, parts.part_P, value_P)
 
 
-def _gradients(metric: Metric, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(metric: Metric, x_BTD: Tensor) -> Tensor:
     with torch.enable_grad():
         x_BTD = x_BTD.detach().requires_grad_()
-        value_B = metric(x_BTD)
-        (gradient_BTD,) = torch.autograd.grad(value_B.sum(), x_BTD)
-    return value_B.detach(), gradient_BTD
+        (gradient_BTD,) = torch.autograd.grad(metric(x_BTD).sum(), x_BTD)
+    return gradient_BTD
 
 
 def _split(items: Iterable[Tensor], tokens: int) -> Iterator[list[Tensor]]:

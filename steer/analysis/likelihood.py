@@ -55,11 +55,10 @@ def write(
 
 def logprobs(engine: Engine, texts: Sequence[Text], sets: Sequence[SteeringSet]) -> Iterator[Tensor]:
     """For each text, in order, the log-probabilities (T, V) in float32 before each token of its reply, with its set."""
-    order = list(range(len(texts)))
     most = max((len(text.prompt) + len(text.reply) for text in texts), default=1)
     at_once = max(1, MOST_LOGITS // (most * engine.model.config.vocab_size))
-    for start in range(0, len(order), at_once):
-        part = order[start : start + at_once]
+    for start in range(0, len(texts), at_once):
+        part = range(start, min(start + at_once, len(texts)))
         rows = [[*texts[n].prompt, *texts[n].reply] for n in part]
         counts = [len(row) for row in rows]
         steerers = Steerers(engine.saes, engine.resolver, engine.tokenizer.special_ids, False)

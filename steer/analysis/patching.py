@@ -86,8 +86,9 @@ def patch(
     if not differing:
         raise SteerError("the two prompts are the same", "change a word of one of them")
     positions = range(differing[0], len(clean)) if positions is None else positions
-    if bad := [place for place in positions if not 0 <= place < len(clean)]:
-        raise SteerError(f"there is no token {bad[0]} in these prompts", f"they go from 0 to {len(clean) - 1}")
+    bad = next((place for place in positions if not 0 <= place < len(clean)), None)
+    if bad is not None:
+        raise SteerError(f"there is no token {bad} in these prompts", f"they go from 0 to {len(clean) - 1}")
     for point in points:
         if point.layer >= model.config.n_layers:
             raise SteerError(f"there is no {point}: the model has {model.config.n_layers} blocks, from 0")
@@ -130,9 +131,9 @@ def _differences(
     """The difference of the logits with the change made at each of the positions alone."""
     size = max(1, TOKENS_AT_ONCE // len(change_TD))
     for start in range(0, len(positions), size):
-        some = torch.tensor(positions[start : start + size], device=change_TD.device)
-        x_BTD = replay.x_TD.repeat(len(some), 1, 1)
-        x_BTD[torch.arange(len(some), device=some.device), some] += change_TD[some]
+        position_B = torch.tensor(positions[start : start + size], device=change_TD.device)
+        x_BTD = replay.x_TD.repeat(len(position_B), 1, 1)
+        x_BTD[torch.arange(len(position_B), device=change_TD.device), position_B] += change_TD[position_B]
         logits_BV = replay.logits(replay(x_BTD)[:, -1])
         yield from (logits_BV[:, answer] - logits_BV[:, wrong]).tolist()
 

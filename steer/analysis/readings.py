@@ -57,16 +57,16 @@ def fit(reading: Reading) -> Fit:
     sae, parts, x_ND = reading.sae, [], reading.x_ND * reading.factor
     if not bool(reading.x_ND.isfinite().all()):
         return Fit(math.nan, math.nan, math.nan)
-    values = []
+    sums = []
     with torch.inference_mode():
         for part_ND in torch.split(x_ND, max(1, CHUNK // sae.config.d_sae)):
             latents = sae.encode(part_ND)
             parts.append(sae.decode(latents, part_ND))
-            values += [torch.tensor([float(l0(latents.values)), float(latents.values.sum(-1).mean()), len(part_ND)])]
+            l0_mean, activation = float(l0(latents.values)), float(latents.values.sum(-1).mean())
+            sums.append((l0_mean * len(part_ND), activation * len(part_ND)))
         y_ND = torch.cat(parts) / reading.factor
-        table = torch.stack(values).double()
-        l0_mean, activation = ((table[:, column] * table[:, 2]).sum() / len(x_ND) for column in (0, 1))
-        return Fit(float(fvu(reading.x_ND.double(), y_ND.double())), float(l0_mean), float(activation))
+        l0_mean, activation = (sum(column) / len(x_ND) for column in zip(*sums, strict=True))
+        return Fit(float(fvu(reading.x_ND.double(), y_ND.double())), l0_mean, activation)
 
 
 def places(config: ModelConfig, named: HookPoint, width: int) -> tuple[HookPoint, ...]:
@@ -127,13 +127,13 @@ def weight_readings(sae: SAE, x_ND: Tensor) -> Iterator[Reading]:
     A matrix (D, F) that was taken for (F, D) has its numbers in the wrong order: reading it as (D, F) again and
     transposing puts them right, and is the plain transpose where F is D.
     """
-    encoder, decoder, b_dec_D = sae.W_enc_FD.float(), sae.W_dec_FD.float(), sae.b_dec_D.float()
+    W_enc_FD, W_dec_FD, b_dec_D = sae.W_enc_FD.float(), sae.W_dec_FD.float(), sae.b_dec_D.float()
     layouts = {
-        "with its encoder transposed": {"W_enc": _relaid(encoder)},
-        "with its decoder transposed": {"W_dec": _relaid(decoder)},
-        "with both its matrices transposed": {"W_enc": _relaid(encoder), "W_dec": _relaid(decoder)},
-        "with encoder and decoder exchanged": {"W_enc": decoder, "W_dec": encoder},
-        "with b_dec not taken off its inputs": {"b_enc": sae.b_enc_F.float() + encoder @ b_dec_D},
+        "with its encoder transposed": {"W_enc": _relaid(W_enc_FD)},
+        "with its decoder transposed": {"W_dec": _relaid(W_dec_FD)},
+        "with both its matrices transposed": {"W_enc": _relaid(W_enc_FD), "W_dec": _relaid(W_dec_FD)},
+        "with encoder and decoder exchanged": {"W_enc": W_dec_FD, "W_dec": W_enc_FD},
+        "with b_dec not taken off its inputs": {"b_enc": sae.b_enc_F.float() + W_enc_FD @ b_dec_D},
         "without b_dec": {"b_dec": torch.zeros_like(b_dec_D)},
     }
     if not sae.config.function.biased:

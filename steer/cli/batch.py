@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 import threading
@@ -71,7 +72,7 @@ def batch(
     if seen.example is not None:
         first, second = seen.example
         narrate(f"{seen.repeated} lines have the id of an earlier one: line {second}, for one, that of line {first}")
-    options = _options(settings, steering) | {
+    options = _options(settings, steering, hits > 0) | {
         "--edit": [str(one) for one in steering.live],
         "--error": steering.error,
         "special tokens": steering.special_tokens,
@@ -206,14 +207,17 @@ class Told:
         return f"{text}, {wait // 3600}:{wait // 60 % 60:02}:{wait % 60:02} left"
 
 
-def _options(settings: Settings, steering: SteeringSet) -> dict[str, Any]:
-    """What of the settings a reply depends on, by flag; of files also what tells that they have changed."""
-    names = ("model", "labels", "device", "dtype", "quantize", "quantize_all", "chat_format", "compile", "threads")
+def _options(settings: Settings, steering: SteeringSet, labelled: bool) -> dict[str, Any]:
+    """What of the settings a result depends on, by flag; of files also what tells that they have changed. Labels count
+    where results hold them (`labelled`)."""
+    names = ("model", "device", "dtype", "quantize", "quantize_all", "chat_format", "compile", "threads")
     drawn = ("seed", "max_tokens", "system", *SAMPLING)
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in (*names, *drawn)}
     saes = [settings.sae, *settings.more_saes] if settings.sae else []
-    paths = (settings.model, settings.labels, *saes, *(edit.file for edit in steering.edits))
+    paths = (settings.model, *saes, *(edit.file for edit in steering.edits))
     files = {f"the state of {path}": _stamp(Path(path)) for path in filter(None, paths)}
+    if labelled and settings.labels:
+        files |= {"--labels": settings.labels, "the labels in it": _stamp_labels(Path(settings.labels))}
     return options | {"--sae": saes} | files
 
 
@@ -222,3 +226,14 @@ def _stamp(path: Path) -> str:
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+
+
+def _stamp_labels(path: Path) -> str:
+    """Eight digits that change with the labels of an index alone: opening one may write to it, and so may others."""
+    from labels.index import LabelIndex
+
+    digest = hashlib.sha256()
+    with LabelIndex(path, read_only=not os.access(path, os.W_OK)) as index:
+        for label in index.all_labels():
+            digest.update(f"{label.latent} {label.text}\n".encode())
+    return digest.hexdigest()[:8]

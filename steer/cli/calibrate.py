@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as js
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer.cli import engines
-from steer.cli.options import Json, command, narrate, put
+from steer.cli.options import Json, command, narrate, put, text_of
 from steer.config import DEMO_LABELS, Settings, shipped_layer
 from steer.errors import ExitCode, SteerError
 from steer.events import clean_line
+from steer.session import check_seed
 
 if TYPE_CHECKING:
     from labels.index import LabelIndex
@@ -40,15 +42,16 @@ def calibrate(
     """Measure effect and damage of a feature at rising strengths: sweet spot, cliff, steerability."""
     if tokens < 4:
         raise SteerError(f"--tokens is {tokens}", "give at least 4: repetition is counted in 4-grams")
+    check_seed(seed)
+    lines = text_of(prompts).splitlines() if prompts else None
     from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator
 
     engine = engines.load_engine(settings, many=True)
     chosen = _latents(engine, latents or [], where)
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else PROMPTS
     calibrator = Calibrator(
         engine,
         strengths=_numbers(strengths) if strengths else STRENGTHS,
-        prompts=[line for line in lines if line.strip()],
+        prompts=PROMPTS if lines is None else [line for line in lines if line.strip()],
         tokens=tokens,
         seed=seed,
     )
@@ -84,25 +87,40 @@ def _keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str,
 
 
 def _open(engine: Engine) -> LabelIndex:
-    """Where calibrations go: into the index in use, or beside the one that ships."""
+    """Where calibrations go: into the index in use, or beside the one that ships. A layer that was measured with
+    another SAE steps aside under a name of its own, and comes back with that SAE."""
     from labels.index import LabelIndex
 
     index = engine.index
     if index is None:
         raise SteerError("calibration needs a label index", "pass `--labels FILE`, or make one: `steer label collect`")
     if index.path != DEMO_LABELS:
+        _check_writable(index.path)
         return LabelIndex(index.path)
     layer, name = shipped_layer(), "sae/sae.safetensors"
     meta = {key: value for key, value in index.meta().items() if key in ("d_sae", "hook", name)}
     if layer.exists():
-        store = LabelIndex(layer)
-        if store.meta().get(name) == meta.get(name):
-            return store
-        store.close()
-        layer.replace(layer.with_suffix(".old.db"))
-        narrate(f"{layer} was measured with another SAE than the one that ships now; it ends in .old.db from now on")
+        _check_writable(layer)
+        with LabelIndex(layer) as store:
+            measured = store.meta().get(name, "unknown")
+        if measured != meta.get(name):
+            aside, back = (layer.with_suffix(f".{sha256[:12]}.db") for sha256 in (measured, meta.get(name, "unknown")))
+            layer.replace(aside)
+            narrate(f"{layer} was measured with another SAE than the one that ships now; it is called {aside.name} now")
+            if back.exists():
+                back.replace(layer)
+    if layer.exists():
+        return LabelIndex(layer)
     layer.parent.mkdir(parents=True, exist_ok=True)
     return LabelIndex.create(layer, meta)
+
+
+def _check_writable(path: Path) -> None:
+    """A `SteerError` where nothing could be kept of what is measured; SQLite writes a journal beside the file."""
+    for each in (path, path.absolute().parent):
+        if not os.access(each, os.W_OK):
+            why = f"`{each}` cannot be written, and what is measured is kept in {path.name}"
+            raise SteerError(why, "change its permissions, or pass `--labels` with a copy that is yours")
 
 
 def _latents(engine: Engine, given: list[str], where: str | None) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -17,10 +18,22 @@ from steer.compare import Comparison, compare
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, sentence
-from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean
+from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean, clean_line
 from steer.session import MAX_SEED, EngineLike, Prompt, Role, check_max_tokens
 
 DEFAULT_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the replies to all prompts have in common."""
+
+    settings: Settings
+    limit: int
+    """The most tokens of a reply."""
+    ends: tuple[str, ...]
+    hits: int
+    json: bool
 
 
 @dataclass(slots=True)
@@ -80,48 +93,39 @@ def complete(
     seeds = [random.SystemRandom().randint(0, MAX_SEED) if settings.seed is None else settings.seed for _ in texts]
     head: tuple[tuple[Role, str], ...] = (("system", settings.system),) if settings.system else ()
     asks = [Prompt(messages=(*head, ("user", text))) if chat else Prompt(text=text) for text in texts]
+    wanted = Wanted(settings, limit, ends, hits, json)
     if beside or spliced:
-        return compare_replies(engine, texts, asks, steering, settings, seeds, limit, ends, hits, json, spliced)
+        sets = {"baseline": SteeringSet(), "steered": steering}
+        sets |= {"spliced": SteeringSet(error="drop")} if spliced else {}
+        return _compare_replies(engine, zip(texts, asks, seeds, strict=True), sets, wanted)
     rows = [Row(text, seed) for text, seed in zip(texts, seeds, strict=True)]
     live = len(rows) == 1 and not json and sys.stdout.isatty()
     with engines.interruptible() as cancel:
-        events = _events(engine, asks, [steering] * len(asks), settings, seeds, limit, cancel, hits > 0, ends)
-        _follow(events, rows, live, lambda row: _show(row, engine, steering, hits, json, live, len(rows) > 1))
+        events = _events(engine, asks, [steering] * len(asks), seeds, wanted, cancel, hits=hits > 0)
+        _follow(events, rows, live, lambda row: _show(row, engine, steering, wanted, live=live, many=len(rows) > 1))
     if any(row.failed for row in rows):
         return ExitCode.MISTAKE
     return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
 
 
-def compare_replies(
-    engine: EngineLike,
-    texts: list[str],
-    asks: list[Prompt],
-    steering: SteeringSet,
-    settings: Settings,
-    seeds: list[int],
-    limit: int,
-    ends: tuple[str, ...],
-    hits: int,
-    json: bool,
-    spliced: bool,
+def _compare_replies(
+    engine: EngineLike, asks: Iterable[tuple[str, Prompt, int]], sets: dict[str, SteeringSet], wanted: Wanted
 ) -> int:
-    """Each reply without and with the edits, in one batch, with the same seed."""
-    sets = {"baseline": SteeringSet(), "steered": steering}
-    sets |= {"spliced": SteeringSet(error="drop")} if spliced else {}
+    """The reply to each (text, prompt, seed) with each set, the baseline's being empty: in one batch, with one seed."""
     with engines.interruptible() as cancel:
-        for text, ask, seed in zip(texts, asks, seeds, strict=True):
+        for text, ask, seed in asks:
+            if cancel.is_set():
+                break
             rows = [Row(text, seed) for _ in sets]
-            events = _events(
-                engine, [ask] * len(rows), list(sets.values()), settings, [seed] * len(rows), limit, cancel, True, ends,
-                watch=range(1, len(rows)),
-            )  # fmt: skip
+            prompts, seeds, watched = [ask] * len(rows), [seed] * len(rows), range(1, len(rows))
+            events = _events(engine, prompts, list(sets.values()), seeds, wanted, cancel, hits=True, watch=watched)
             _follow(events, rows, False, lambda row: None)
             if any(row.failed for row in rows):
                 return ExitCode.MISTAKE
             for name, row, used in zip(sets, rows, sets.values(), strict=True):
                 found = compare(rows[0].events, row.events)
-                if json:
-                    entry = _entry(row, engine, used, hits) | {"row": name}
+                if wanted.json:
+                    entry = _entry(row, engine, used, wanted.hits) | {"row": name}
                     put(entry if name == "baseline" else entry | comparison_entry(found, row.events, engine))
                 else:
                     print(f"{name}:\n{clean(row.text)}\n", flush=True)
@@ -136,12 +140,11 @@ def _events(
     engine: EngineLike,
     asks: list[Prompt],
     sets: list[SteeringSet],
-    settings: Settings,
     seeds: list[int],
-    limit: int,
-    cancel: Any,
+    wanted: Wanted,
+    cancel: threading.Event,
+    *,
     hits: bool,
-    ends: tuple[str, ...],
     watch: Sequence[int] = (),
 ) -> Iterable[Event]:
     """The engine's stream, its errors as `Failed` too: a batch that breaks still tells what it has."""
@@ -149,13 +152,13 @@ def _events(
         yield from engine.stream(
             asks,
             sets,
-            sampling=settings.sampling(engine.defaults),
+            sampling=wanted.settings.sampling(engine.defaults),
             seeds=seeds,
-            max_tokens=limit,
+            max_tokens=wanted.limit,
             stop=cancel,
             hits=hits,
             alternatives=0,
-            stop_strings=ends,
+            stop_strings=wanted.ends,
             watch=watch,
         )
     except EXPLAINED as error:
@@ -184,9 +187,9 @@ def _follow(events: Iterable[Event], rows: list[Row], live: bool, show: Any) -> 
             shown += 1
 
 
-def _show(row: Row, engine: EngineLike, steering: SteeringSet, hits: int, json: bool, live: bool, many: bool) -> None:
-    if json:
-        put(_entry(row, engine, steering, hits))
+def _show(row: Row, engine: EngineLike, steering: SteeringSet, wanted: Wanted, *, live: bool, many: bool) -> None:
+    if wanted.json:
+        put(_entry(row, engine, steering, wanted.hits))
         return
     if row.failed is None:
         print(
@@ -266,5 +269,5 @@ def comparison_lines(found: Comparison, engine: EngineLike) -> list[str]:
     names = engine.labels([change.latent for change in found.changed])
     for one in found.changed:
         means = f"{one.difference:+8.2f}  {one.baseline:.2f} -> {one.steered:.2f}"
-        lines.append(f"  {one.latent:>6} {means}  {names.get(one.latent, '')}")
+        lines.append(f"  {one.latent:>6} {means}  {clean_line(names.get(one.latent, ''))}".rstrip())
     return lines

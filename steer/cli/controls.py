@@ -13,7 +13,7 @@ from steer.config import Settings
 from steer.edits import GRAMMAR, Edit
 from steer.errors import ExitCode, SteerError
 from steer.events import clean_line
-from steer.session import Prompt, check_max_tokens
+from steer.session import Prompt, Role, check_max_tokens, check_seed
 
 if TYPE_CHECKING:
     from steer.analysis.controls import Control
@@ -26,7 +26,7 @@ ASKS = {True: "{prompt} It should be about {topic}.", False: "A story about {top
 def controls(
     settings: Settings,
     edit: Annotated[str, typer.Argument(help=f"{GRAMMAR}; one that adds to a latent.", metavar="EDIT")],
-    topic: Annotated[str, typer.Option(help="Words that are counted; the first names it.", metavar="WORD,WORD...")],
+    topic: Annotated[str, typer.Option(help="Words that are counted; the first names it.", metavar="WORDS,WORDS...")],
     prompt: Annotated[
         list[str] | None, typer.Option(help="What replies begin with; repeatable.", metavar="TEXT")
     ] = None,
@@ -38,7 +38,10 @@ def controls(
     chat: Chat = False,
     json: Json = False,
 ) -> int:
-    """Run an edit against its controls: share of replies on the topic, its words, perplexity, with intervals."""
+    """Run an edit against its controls: share of replies on the topic, its words, perplexity, with intervals.
+
+    Replies take the seeds from --seed on, 0 where none is given.
+    """
     if seeds < 2:
         raise SteerError(f"--seeds is {seeds}", "give at least 2: an interval needs more than one reply")
     parsed, words = Edit.parse(edit), [word.strip() for word in topic.split(",") if word.strip()]
@@ -46,6 +49,8 @@ def controls(
     asked = [
         (ask or ASKS[chat]).replace("{prompt}", text).replace("{topic}", words[0] if words else "") for text in texts
     ]
+    first = check_seed(settings.seed or 0)
+    check_seed(first + seeds - 1)
     limit = 60 if settings.max_tokens is None else check_max_tokens(settings.max_tokens)
     from steer.analysis.controls import run_controls
 
@@ -54,9 +59,10 @@ def controls(
         engine,
         parsed,
         words,
-        [_prompt(text, chat) for text in texts],
-        [_prompt(text, chat) for text in asked],
+        [_prompt(text, chat, settings.system) for text in texts],
+        [_prompt(text, chat, settings.system) for text in asked],
         seeds=seeds,
+        seed=first,
         tokens=limit,
         sampling=settings.sampling(engine.defaults),
         on_done=lambda done, of: narrate(f"{done} of {of} replies"),
@@ -70,8 +76,9 @@ def controls(
     return ExitCode.DONE
 
 
-def _prompt(text: str, chat: bool) -> Prompt:
-    return Prompt(messages=(("user", text),)) if chat else Prompt(text=text)
+def _prompt(text: str, chat: bool, system: str | None) -> Prompt:
+    head: tuple[tuple[Role, str], ...] = (("system", system),) if system else ()
+    return Prompt(messages=(*head, ("user", text))) if chat else Prompt(text=text)
 
 
 def _show(found: list[Control]) -> None:

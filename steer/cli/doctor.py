@@ -46,9 +46,9 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Check the environment, the model, and whether the SAE belongs to it.
+    """Check the environment, the model, and whether each SAE belongs to it.
 
-    The SAE is read on 2,048 tokens where --model, --sae or --text is given: is it on the right hook, are its inputs
+    An SAE is read on 2,048 tokens where --model, --sae or --text is given: is it on the right hook, are its inputs
     normalised as in training, its weights laid out right, its k, the BOS and the dtype the right ones?
     """
     if text is not None and settings.scheme is None and settings.model and not settings.sae:
@@ -61,7 +61,7 @@ def doctor(
     for name, (needs, of_model) in model_checks(subject).items():
         if failed.isdisjoint(needs) and not _tell(name, partial(of_model, subject), json):
             failed.add(name)
-    if (settings.model or settings.sae or text) and failed.isdisjoint(NEEDED) and subject.sae is not None:
+    if (settings.model or settings.sae or text) and failed.isdisjoint(NEEDED) and subject.saes:
         failed |= _examine(subject, json)
     return ExitCode.MISTAKE if failed else ExitCode.DONE
 

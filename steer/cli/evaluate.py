@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsons
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +15,7 @@ from steer.cli.options import Json, command, narrate, put
 from steer.cli.split import Sources
 from steer.config import Settings
 from steer.errors import SteerError
+from steer.files import write_whole
 
 if TYPE_CHECKING:
     from train.intervals import Metric
@@ -118,9 +118,7 @@ def write_report(file: Path, about: dict[str, Any], metrics: list[Metric]) -> No
             for each in metrics
         ]
         text = jsons.dumps(about | {"metrics": rows}, indent=1)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(file, f"{text}\n".encode())
 
 
 def _plain(value: object) -> str:

@@ -6,13 +6,13 @@ objects alone. Every text is escaped or drawn as plain text.
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
 from steer.events import clean
+from steer.files import replacing
 
 if TYPE_CHECKING:
     from steer.analysis.patching import Cell, Patching
@@ -53,15 +53,11 @@ def check_picture(file: Path) -> None:
 
 def write_picture(file: Path, found: Patching) -> None:
     """Draws the table into the file."""
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
+    with replacing(file) as partial:
         if file.suffix.lower() == ".html":
             partial.write_text(_page(found), encoding="utf-8")
         else:
             _draw(partial, found)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rows(found: Patching) -> dict[str, list[Cell]]:

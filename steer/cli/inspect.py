@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -17,6 +16,7 @@ from steer.cli.options import Chat, Json, command, given_text, narrate, put
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import LatentHit, TokenEvent, clean, clean_line
+from steer.files import write_whole
 
 if TYPE_CHECKING:
     from steer.engine import Engine
@@ -36,8 +36,9 @@ def inspect(
         Literal["token", "text"], typer.Option(help="Features of each token, or ranked over the text.")
     ] = "token",
     aggregate: Annotated[
-        Aggregate, typer.Option(help="How `--by text` ranks: over tokens but the first and special.")
-    ] = "mean",
+        Aggregate | None,
+        typer.Option(help="How `--by text` ranks: over tokens but the first and special (default mean)."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", metavar="FILE")] = None,
     ablate: Annotated[
         int | None,
@@ -50,6 +51,11 @@ def inspect(
         raise SteerError(f"--top is {top}", "give at least 1")
     if ablate is not None and (by == "text" or html is not None):
         raise SteerError("--ablate goes token by token", "leave out `--by text` and `--html`")
+    if aggregate is not None and by != "text":
+        raise SteerError("--aggregate is how a text's features are ranked", "add `--by text`, or leave it out")
+    for name, typed in (("--by text", by == "text"), ("--top", top is not None), ("--json", json)):
+        if typed and html is not None:
+            raise SteerError(f"--html writes a page of every token, and {name} is not for it", "leave one of them out")
     wanted = given_text(text, "text")
     engine = engines.load_engine(settings) if ablate is not None else engines.make_engine(settings)
     if engine.info.hook is None:
@@ -62,10 +68,10 @@ def inspect(
     if html is not None:
         from steer.cli.page import page
 
-        _write(html, page(tokens, names, engine.info))
+        write_whole(html, page(tokens, names, engine.info).encode())
         narrate(f"wrote {html}")
     elif by == "text":
-        _by_text(tokens, names, aggregate, top or 20, json)
+        _by_text(tokens, names, aggregate or "mean", top or 20, json)
     elif json:
         for token in tokens:
             hits = [hit_entry(hit, names) for hit in token.hits[:top]]
@@ -132,12 +138,3 @@ def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int
     name = f" ({names[latent]})" if names.get(latent) else ""
     narrate(f"latent {latent}{name} is on at {count} of {len(tokens)} tokens; without it the text's")
     narrate(f"log-likelihood changes by {total:+.3f} nats")
-
-
-def _write(file: Path, text: str) -> None:
-    partial: Any = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

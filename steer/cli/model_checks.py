@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from steer.analysis.prose import PARAGRAPH
 from steer.cli import engines
-from steer.cli.options import narrate
-from steer.config import DEMO_MODEL, DEMO_SAE, Settings
+from steer.cli.options import narrate, text_of
+from steer.config import DEMO_MODEL, Settings
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -61,32 +61,29 @@ class Subject:
 
     def read_text(self) -> str:
         """What to measure on: the text given, else a paragraph of our own."""
-        if self.text is None:
-            return PARAGRAPH
-        try:
-            return self.text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise SteerError(f"`{self.text}` is no text in UTF-8") from error
+        return PARAGRAPH if self.text is None else text_of(self.text)
 
     @cached_property
-    def sae(self) -> SAEConfig | None:
-        """The SAE that goes with the model: the one named, with the demo the one that ships, else none."""
+    def saes(self) -> list[SAEConfig]:
+        """The SAEs that go with the model: those named, with the demo the one that ships, else none."""
         from sae.checkpoint import read_config
+        from steer.made_with import sae_folders
 
-        folder = self.settings.sae or (None if self.settings.model else DEMO_SAE)
-        return None if folder is None else read_config(folder)
+        return [read_config(folder) for folder in sae_folders(self.settings)]
 
     @cached_property
     def engine(self) -> Engine:
-        """Model and SAE, loaded; labels play no part here."""
+        """Model and SAEs, loaded; labels play no part here."""
         return engines.load_engine(replace(self.settings, labels=None))
 
     @property
     def kept_layers(self) -> int:
-        """Blocks that are not quantised unless all are asked for: those up to the SAE's hook."""
+        """Blocks that are not quantised unless all are asked for: those up to the last SAE's hook."""
         from llama_3.hooks import HookPoint
 
-        return HookPoint.parse(self.sae.hook).layer + 1 if self.sae and not self.settings.quantize_all else 0
+        if self.settings.quantize_all:
+            return 0
+        return max((HookPoint.parse(sae.hook).layer + 1 for sae in self.saes), default=0)
 
 
 def _model(subject: Subject) -> str:
@@ -123,11 +120,11 @@ def _chat(subject: Subject) -> str:
 def _sae(subject: Subject) -> str:
     from train.evaluate import hook_point
 
-    sae = subject.sae
-    if sae is None:
+    if not subject.saes:
         return subject.settings.describe()["sae"]
-    hook_point(subject.config, sae)
-    return f"{sae.d_sae:,} latents at {sae.hook}"
+    for sae in subject.saes:
+        hook_point(subject.config, sae)
+    return "; ".join(f"{sae.d_sae:,} latents at {sae.hook}" for sae in subject.saes)
 
 
 def _placement(subject: Subject) -> str:
@@ -139,8 +136,8 @@ def _placement(subject: Subject) -> str:
 def _fit(subject: Subject) -> str:
     from steer.device import check_fit, gib, sae_bytes
 
-    sae, where, kept = subject.sae, subject.placement, subject.kept_layers
-    beside = sae_bytes(sae, where.device) if sae else 0
+    where, kept = subject.placement, subject.kept_layers
+    beside = sum(sae_bytes(sae, where.device) for sae in subject.saes)
     fit = check_fit(subject.config, subject.path, where, subject.settings.scheme, sae_bytes=beside, kept_layers=kept)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.parts.items() if size)
     free = "an unknown amount" if fit.available is None else f"{gib(fit.available)} GiB"
@@ -168,22 +165,20 @@ def _quantize(subject: Subject) -> str:
 
 
 def examine_sae(subject: Subject) -> list[dict[str, Any]]:
-    """What `steer.analysis.checkup` finds of the SAE beside its model, as the entries of the report."""
+    """What `steer.analysis.checkup` finds of each SAE beside its model, as the entries of the report; with several SAEs
+    their messages begin with the hook point."""
     from steer.analysis.checkup import examine
 
     engine = subject.engine
-    assert engine.sae is not None
-    model, sae, tokenizer = engine.model, engine.sae, engine.tokenizer
-    found = examine(model, sae, tokenizer, subject.text, chat=engine.chat_format, narrate=narrate)
-    return [
-        {
-            "check": each.check,
-            "ok": each.ok,
-            "value": each.value,
-            "message": each.message + (f"; hint: {each.hint}" if each.hint else ""),
-        }
-        for each in found
-    ]
+    entries: list[dict[str, Any]] = []
+    for hook, sae in engine.saes.items():
+        whose = f"{hook}: " if len(engine.saes) > 1 else ""
+        for each in examine(
+            engine.model, sae, engine.tokenizer, subject.text, chat=engine.chat_format, narrate=narrate
+        ):
+            message = whose + each.message + (f"; hint: {each.hint}" if each.hint else "")
+            entries.append({"check": each.check, "ok": each.ok, "value": each.value, "message": message})
+    return entries
 
 
 def model_checks(subject: Subject) -> dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]]:

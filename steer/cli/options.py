@@ -156,6 +156,14 @@ def given_text(text: str | None, what: str) -> str:
     return text
 
 
+def text_of(path: Path) -> str:
+    """What a text file holds; a `SteerError` for one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SteerError(f"`{path}` is no text in UTF-8") from error
+
+
 def _read_once() -> str:
     """All of the one stdin that torchrun's processes have together."""
     from llama_3.parallel import agree

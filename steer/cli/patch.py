@@ -45,10 +45,18 @@ def patch(
         typer.Option(help="Patch only what these latents contribute, at the SAE's hook.", metavar="ID,ID"),
     ] = None,
     answer: Annotated[
-        str | None, typer.Option(help="Default: the clean prompt's likeliest token.", metavar="TEXT_OR_ID")
+        str | None,
+        typer.Option(
+            help="An id in digits alone, else a text; default: the clean prompt's likeliest token.",
+            metavar="TEXT_OR_ID",
+        ),
     ] = None,
     wrong: Annotated[
-        str | None, typer.Option(help="Default: the corrupt prompt's likeliest token.", metavar="TEXT_OR_ID")
+        str | None,
+        typer.Option(
+            help="An id in digits alone, else a text; default: the corrupt prompt's likeliest token.",
+            metavar="TEXT_OR_ID",
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw it too: .html, or .png, .svg, .pdf.", metavar="FILE")

@@ -5,8 +5,6 @@ The commands are those of the screens (`steer/commands.py`); what only a screen 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent, clean, clean_line
 from steer.session import EngineLike, Mode, Session
-from steer.store import Store, snapshot
+from steer.store import Store, export
 
 
 class PlainChat:
@@ -140,12 +138,7 @@ class PlainChat:
         narrate(f"session {self.session.name}: {len(self.session.turns)} turns")
 
     def export(self, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(json.dumps(snapshot(self.session)), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        export(self.session, path)
         narrate(f"wrote {path}")
 
     def paint(self, what: Paint) -> None:

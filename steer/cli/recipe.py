@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +19,13 @@ from steer.config import DEMO_LABELS, Settings, sessions_folder
 from steer.edits import FORMULAS, SteeringSet, Strength
 from steer.errors import ExitCode, SteerError
 from steer.events import clean, clean_line
+from steer.files import write_whole
 from steer.recipe import Line, Recipe
 from steer.session import Sampling, Session
 
 if TYPE_CHECKING:
     from steer.made_with import Check
-    from steer.recipe_formats import Decoder
+    from steer.recipe_formats import Asked, Decoder
 
 recipe = typer.Typer(
     help="Steering sets to keep, to share and to run again.",
@@ -172,9 +173,9 @@ def _check_entry(one: Check) -> dict[str, Any]:
     return told | {"message": one.message}
 
 
-Hook = Annotated[str, typer.Option(help="Where the edits act, for a file that does not say.", metavar="HOOK")]
+Hook = Annotated[str | None, typer.Option(help="Where the edits act, for a file that does not say.", metavar="HOOK")]
 SAEName = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="The SAE's name there: neuronpedia:MODEL/SOURCE, sparsify:REPO, sae_lens:RELEASE/ID, goodfire:MODEL.",
         metavar="NAME",
@@ -191,18 +192,21 @@ def import_(
         str | None,
         typer.Option("--from", help="lm-eval, gguf, neuronpedia or goodfire; else by the file.", metavar="FORMAT"),
     ] = None,
-    hook: Hook = "",
-    sae_name: SAEName = "",
-    strength: Annotated[str, typer.Option(help="Of features that come without one.", metavar="STRENGTH")] = "1x",
-    coefficient: Annotated[float, typer.Option(help="Of a control vector.", metavar="X")] = 1.0,
+    hook: Hook = None,
+    sae_name: SAEName = None,
+    strength: Annotated[
+        str | None, typer.Option(help="Of features that come without one (default 1x).", metavar="STRENGTH")
+    ] = None,
+    coefficient: Annotated[float | None, typer.Option(help="Of a control vector (default 1).", metavar="X")] = None,
     force: Force = False,
 ) -> None:
     """Make a recipe of what another tool wrote."""
-    from steer.recipe_formats import Asked, find_format
+    from steer.recipe_formats import find_format
 
     _check_free(file, force)
-    asked = Asked(hook, sae_name, Strength.parse(strength), coefficient)
-    done = find_format(format, source, "read").read(Path(source), asked, _decoder(settings))
+    form, parsed = find_format(format, source, "read"), None if strength is None else Strength.parse(strength)
+    asked = _asked(form.TITLE, form.READS, hook=hook, sae_name=sae_name, strength=parsed, coefficient=coefficient)
+    done = form.read(Path(source), asked, _decoder(settings))
     for note in done.notes:
         narrate(note)
     if not done.recipe.lines:
@@ -219,22 +223,33 @@ def export(
     format: Annotated[
         str | None, typer.Option("--to", help="lm-eval, gguf, neuronpedia or goodfire; else by OUT.", metavar="FORMAT")
     ] = None,
-    sae_name: SAEName = "",
+    sae_name: SAEName = None,
     force: Force = False,
 ) -> None:
     """Write a recipe for another tool."""
-    from steer.recipe import write_whole
-    from steer.recipe_formats import Asked, find_format
+    from steer.recipe_formats import find_format
 
     _check_free(out, force)
     read = Recipe.read(file)
-    done = find_format(format, str(out), "write").write(read, Asked(sae_name=sae_name), _decoder(settings))
+    form = find_format(format, str(out), "write")
+    done = form.write(read, _asked(form.TITLE, form.WRITES, sae_name=sae_name), _decoder(settings))
     for note in done.notes:
         narrate(note)
     if not done.entries:
         raise SteerError(f"no edit of `{file}` can be said in this format", "see what was left out above")
     write_whole(out, done.content)
     narrate(f"wrote {out}")
+
+
+def _asked(title: str, heeded: Collection[str], **typed: Any) -> Asked:
+    """What was typed for a format; a `SteerError` for what it does not heed."""
+    given = {name: value for name, value in typed.items() if value is not None}
+    for name in given:
+        if name not in heeded:
+            raise SteerError(f"--{name.replace('_', '-')} has no meaning for this format: {title}", "leave it out")
+    from steer.recipe_formats import Asked
+
+    return Asked(**given)
 
 
 def _decoder(settings: Settings) -> Callable[[], Decoder]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +28,24 @@ CHECKED = 20
 SHOWN = 10
 
 
+By = Literal["raw", "normalised"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What both questions are asked with."""
+
+    index: int | None
+    by: By
+    top: int | None
+    json: bool
+
+    @property
+    def check(self) -> int:
+        """How many latents are ablated one by one."""
+        return self.top or (CHECKED if self.json else SHOWN)
+
+
 @command()
 def why(
     settings: Settings,
@@ -40,7 +59,10 @@ def why(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Explain the difference to this token, a text or an id.", metavar="TEXT_OR_ID"),
+        typer.Option(
+            help='Explain the difference to this token: an id in digits alone, else a text (" 4").',
+            metavar="TEXT_OR_ID",
+        ),
     ] = None,
     latent: Annotated[
         int | None, typer.Option(help="Explain why this latent is on at the token.", metavar="ID")
@@ -50,7 +72,7 @@ def why(
         typer.Option(help="With --latent: by the latents of this SAE of an earlier layer.", metavar="DIR"),
     ] = None,
     by: Annotated[
-        Literal["raw", "normalised"],
+        By,
         typer.Option(help="Rank by effect, or by effect over max activation times log of rarity."),
     ] = "raw",
     top: Annotated[
@@ -64,6 +86,8 @@ def why(
         raise SteerError(f"--top is {top}", "give at least 1")
     if latent is None and through is not None:
         raise SteerError("--through goes with --latent", "add `--latent ID`, or leave it out")
+    if latent is not None and through is None and by != "raw":
+        raise SteerError(f"--by {by} ranks latents, and --latent alone ranks tokens", "add `--through DIR`")
     if latent is not None and against is not None:
         raise SteerError("--against explains a token, --latent a latent", "leave one of them out")
     wanted = given_text(prompt, "prompt")
@@ -73,23 +97,14 @@ def why(
     if engine.sae is None:
         raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`")
     tokens = prompt_tokens(engine, wanted, chat)
-    check = top or (CHECKED if json else SHOWN)
+    ask = Wanted(token, by, top, json)
     if latent is None:
-        _why_token(engine, tokens, token, against, by, check, top, json)
+        _why_token(engine, tokens, against, ask)
     else:
-        _why_latent(engine, tokens, token, latent, through, by, check, top, json)
+        _why_latent(engine, tokens, latent, through, ask)
 
 
-def _why_token(
-    engine: Engine,
-    tokens: list[int],
-    index: int | None,
-    against: str | None,
-    by: Literal["raw", "normalised"],
-    check: int,
-    top: int | None,
-    json: bool,
-) -> None:
+def _why_token(engine: Engine, tokens: list[int], against: str | None, ask: Wanted) -> None:
     from steer.analysis.attribution import why_token
     from steer.resolve import hook_of
 
@@ -97,12 +112,12 @@ def _why_token(
     other = None if against is None else one_token(engine.tokenizer, against, "--against")
     hook = hook_of(engine.sae)
     found = why_token(
-        engine.model, engine.tokenizer, engine.sae, hook, tokens, index, against=other, check=check, by=by
+        engine.model, engine.tokenizer, engine.sae, hook, tokens, ask.index, against=other, check=ask.check, by=ask.by
     )
-    if json:
+    if ask.json:
         about = {"index": found.index, "target": _choice(found.target)}
         about |= {"against": found.against and _choice(found.against)}
-        _put_latents(found.latents[:top], engine.labels, about | _totals(found))
+        _put_latents(found.latents[: ask.top], engine.labels, about | _totals(found))
         return
     said = f"token {found.index} {_shown(found.target)}"
     if found.against is not None:
@@ -110,21 +125,11 @@ def _why_token(
     else:
         print(said)
     print("  likeliest: " + ", ".join(_shown(choice) for choice in found.likeliest[:3]))
-    _print_latents(found.latents[:check], engine.labels, tokens, engine.tokenizer)
+    _print_latents(found.latents[: ask.check], engine.labels, tokens, engine.tokenizer)
     _print_totals(found, len(found.latents), "latents")
 
 
-def _why_latent(
-    engine: Engine,
-    tokens: list[int],
-    index: int | None,
-    latent: int,
-    through: str | None,
-    by: Literal["raw", "normalised"],
-    check: int,
-    top: int | None,
-    json: bool,
-) -> None:
+def _why_latent(engine: Engine, tokens: list[int], latent: int, through: str | None, ask: Wanted) -> None:
     from steer.analysis.attribution import why_latent
     from steer.resolve import hook_of
 
@@ -132,24 +137,25 @@ def _why_latent(
     below = None if through is None else _other_sae(engine, Path(through))
     hook = hook_of(engine.sae)
     found = why_latent(
-        engine.model, engine.tokenizer, engine.sae, hook, tokens, latent, index, through=below, check=check, by=by
-    )
+        engine.model, engine.tokenizer, engine.sae, hook, tokens, latent, ask.index,
+        through=below, check=ask.check, by=ask.by,
+    )  # fmt: skip
     name = engine.labels([latent]).get(latent, "")
-    if json:
+    if ask.json:
         about = {"index": found.index, "of": latent, "activation": _number(found.activation)}
-        _put_latents(found.latents[:top], lambda _: {}, about | _totals(found))
-        for effect in found.tokens[:top]:
+        _put_latents(found.latents[: ask.top], lambda _: {}, about | _totals(found))
+        for effect in found.tokens[: ask.top]:
             figures = {"attribution": _number(effect.attribution), "ablation": _number(effect.removed)}
             put({"index": effect.index, "token": effect.token, "text": effect.text} | figures | {"about": about})
         return
     text = clean(repr(engine.tokenizer.token_text(tokens[found.index])))
     print(f"latent {latent} is at {found.activation:.2f} on token {found.index} {text}  {clean_line(name)}".rstrip())
     if below is not None:
-        _print_latents(found.latents[:check], lambda _: {}, tokens, engine.tokenizer)
+        _print_latents(found.latents[: ask.check], lambda _: {}, tokens, engine.tokenizer)
         _print_totals(found, len(found.latents), f"latents at {below[1]}")
         return
     print(f"{'token':>7}  {'replaced':>8} {'once':>8}")
-    for effect in found.tokens[:check]:
+    for effect in found.tokens[: ask.check]:
         print(f"{effect.index:>7}  {_signed(effect.removed)} {_signed(effect.attribution)}  {clean(repr(effect.text))}")
     if len(found.tokens) < found.index:
         narrate(f"only the nearest {len(found.tokens)} tokens were tried")
@@ -169,8 +175,8 @@ def prompt_tokens(engine: Engine, text: str, chat: bool) -> list[int]:
 
 
 def one_token(tokenizer: Tokenizer, given: str, option: str) -> int:
-    """The id that was typed, or that of a text which is one token."""
-    if given.strip().isdecimal() and given.isascii():
+    """The id that was typed in digits and nothing else, or that of a text which is one token; ` 4` is a text."""
+    if given.isdecimal() and given.isascii():
         token = int(given)
         if token >= tokenizer.vocab_size and token not in tokenizer.special_ids:
             raise SteerError(f"{option} is {token}, and the vocabulary has {tokenizer.vocab_size:,} tokens, from 0")

@@ -88,6 +88,9 @@ class Format(Protocol):
     """The module of a format."""
 
     TITLE: str
+    READS: Collection[str]
+    """The fields of `Asked` that reading heeds."""
+    WRITES: Collection[str]
 
     def read(self, path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read: ...
 
@@ -197,8 +200,11 @@ def place_of(recipe: Recipe, edit: Edit) -> str:
     return "all+special" if recipe.special_tokens and edit.place == "all" else edit.place
 
 
-def why_not(edit: Edit, kinds: Collection[str], clauses: Collection[str] = ()) -> str | None:
-    """Why a format without conditions and schedules cannot express an edit: its kind, a clause; None when it can."""
+def why_not(
+    recipe: Recipe, edit: Edit, kinds: Collection[str], clauses: Collection[str] = (), hooked: bool = True
+) -> str | None:
+    """Why a format without conditions, schedules and places cannot express an edit: its kind, a clause, where it acts
+    (`hooked`, its hook point has to be known); None when it can."""
     if edit.muted:
         return "it is muted"
     if edit.kind not in kinds:
@@ -212,7 +218,9 @@ def why_not(edit: Edit, kinds: Collection[str], clauses: Collection[str] = ()) -
     ):
         if getattr(edit, name) and name not in clauses:
             return f"the format has no {what} (`{said}`)"
-    return None
+    if (place := place_of(recipe, edit)) not in ("all", "all+special"):
+        return f"the format does not tell tokens apart, and it acts on {place}"
+    return "nothing says where it acts: give it `at HOOK`" if hooked and not recipe.hook_of(edit) else None
 
 
 def left_out(edit: Edit, why: str) -> str:

@@ -37,6 +37,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "GGUF control vector"
+READS, WRITES = frozenset({"coefficient"}), frozenset[str]()
 ARCHITECTURE = "controlvector"
 COUNTED = (
     "direction.L is added to what block L puts out, counted from 0, as repeng and llama.cpp do; if its author counted "
@@ -113,12 +114,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
 
 def _layer(recipe: Recipe, edit: Edit, decoder: Callable[[], Decoder], notes: list[str]) -> int | None:
     """The number of the direction that an edit belongs to; None, with a sentence in `notes`, when to none."""
-    why, place, layer = why_not(edit, ("add", "vector")), place_of(recipe, edit), 0
-    if not why and place not in ("all", "all+special"):
-        why = f"a control vector acts on every token, not on {place}"
-    hook = recipe.hook_of(edit)
-    if not why and not hook:
-        why = "nothing says where it acts: give it `at HOOK`"
+    why, hook, layer = why_not(recipe, edit, ("add", "vector")), recipe.hook_of(edit), 0
     if not why:
         match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", canonical(hook))
         layer = int(match[1]) - (match[2] == "pre") if match else -1
@@ -131,7 +127,7 @@ def _layer(recipe: Recipe, edit: Edit, decoder: Callable[[], Decoder], notes: li
     if why:
         notes.append(left_out(edit, why))
         return None
-    if place == "all":
+    if place_of(recipe, edit) == "all":
         notes.append(special_note(edit))
     return layer
 

@@ -39,6 +39,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "Goodfire file"
+READS, WRITES = frozenset({"hook", "sae_name"}), frozenset({"sae_name"})
 MODELS = {
     "meta-llama/Meta-Llama-3.1-8B-Instruct": "blocks.19.hook_resid_post",
     "meta-llama/Llama-3.3-70B-Instruct": "blocks.50.hook_resid_post",
@@ -153,9 +154,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
     notes: list[str] = []
     written: list[tuple[Line, str, float, float]] = []
     for line in recipe.lines:
-        why = why_not(line.edit, ("add", "clamp", "scale", "ablate"), ("when",))
-        if not why and place_of(recipe, line.edit) not in ("all", "all+special"):
-            why = f"it acts on {line.edit.place}, and the format does not tell tokens apart"
+        why = why_not(recipe, line.edit, ("add", "clamp", "scale", "ablate"), ("when",), hooked=False)
         values = None if why else _values(line, decoder, notes)
         if not why and values is None:
             why = "its latent has no recorded max, of which the format's values are shares"

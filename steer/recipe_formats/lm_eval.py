@@ -46,6 +46,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "lm-evaluation-harness CSV"
+READS, WRITES = frozenset({"hook"}), frozenset({"sae_name"})
 COLUMNS = (
     "loader",
     "action",
@@ -191,19 +192,14 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
 
 def _expressible(recipe: Recipe, edit: Edit, notes: list[str]) -> bool:
     """Whether the format has an edit; a sentence in `notes` when it has not, or not quite."""
-    why = why_not(edit, ("add", "project"))
+    why, hook = why_not(recipe, edit, ("add", "project")), recipe.hook_of(edit)
     if edit.kind == "clamp" and not edit.muted:
         why = "its clamp sets the stream's part along the direction, not the latent (`project` and `add` together do)"
-    place, hook = place_of(recipe, edit), recipe.hook_of(edit)
-    if not why and place not in ("all", "all+special"):
-        why = f"the format acts on every token, not on {place}"
-    if not why and not hook:
-        why = "nothing says where it acts: give it `at HOOK`"
     if not why and _module(canonical(hook)) is None:
         why = f"no module's output stands at {hook}"
     if why:
         notes.append(left_out(edit, why))
-    elif place == "all":
+    elif place_of(recipe, edit) == "all":
         notes.append(special_note(edit))
     return not why
 

@@ -46,6 +46,7 @@ from steer.recipe_formats import (
 )
 
 TITLE = "Neuronpedia file"
+READS, WRITES = frozenset({"hook", "strength"}), frozenset({"sae_name"})
 LINK = re.compile(r"https?://(?:www\.)?neuronpedia\.org/([^/\s?#]+)/([^/\s?#]+)/([0-9]{1,12})(?:[?#]\S*)?")
 ADDS, PROJECTS, CAPS = "SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"
 STRONGEST = 300
@@ -220,11 +221,7 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
 
 def _expressible(recipe: Recipe, edit: Edit, asked: Asked, notes: list[str]) -> bool:
     """Whether a preset has an edit; a sentence in `notes` when not."""
-    why, place = why_not(edit, ("add", "project")), place_of(recipe, edit)
-    if not why and place not in ("all", "all+special"):
-        why = f"Neuronpedia steers every token, not {place}"
-    if not why and not recipe.hook_of(edit):
-        why = "nothing says where it acts: give it `at HOOK`"
+    why = why_not(recipe, edit, ("add", "project"))
     if not why and not _name(recipe, edit, asked)[1]:
         where = recipe.hook_of(edit)
         why = f"nothing says what its SAE at {where} is called: pass `--sae-name neuronpedia:MODEL/SOURCE`"

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from steer.edits import Edit, Strength
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import clean
 from steer.session import Reply, Session
-from steer.store import clean_name, snapshot
+from steer.store import clean_name, export
 from steer.tui.dialogs import Ask, Choose, Confirm, Help, help_text
 
 if TYPE_CHECKING:
@@ -139,9 +137,7 @@ class Actions(Screen[None]):
         self.say(notice or f"opened {self.session.name}", error=notice is not None)
 
     def export(self, path: Path) -> None:
-        partial_file = path.with_name(f".{path.name}.partial")
-        partial_file.write_text(json.dumps(snapshot(self.session), ensure_ascii=False), "utf-8", "surrogatepass")
-        os.replace(partial_file, path)
+        export(self.session, path)
         self.say(f"wrote {path}")
 
     def copy(self) -> None:

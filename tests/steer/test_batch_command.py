@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from labels.index import LabelIndex
 from sae.checkpoint import save_sae
 from steer.batch import Row, write
 from steer.cli import main
@@ -347,6 +348,31 @@ def test_another_sae_at_the_same_place_is_not_gone_on_with(steer: Steer, folder:
     os.utime(weights, (weights.stat().st_atime, weights.stat().st_mtime + 5))
     code, said = steer("batch", "in.jsonl", "out.jsonl")
     assert code == 1 and f"was begun with the state of {folder / 'sae'}" in said and "delete out.jsonl" in said
+
+
+def test_labels_count_only_where_results_hold_them(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def relabelled(text: str) -> None:
+        with LabelIndex(tmp_path / "labels.db") as index:
+            index.add_label(5, text, "me")
+        later = (tmp_path / "labels.db").stat().st_mtime + 5
+        os.utime(tmp_path / "labels.db", (later, later))
+
+    LabelIndex.create(tmp_path / "labels.db", {"d_sae": "64"}).close()
+    monkeypatch.setattr("steer.engine.check_labels", lambda folder, index: None)
+    ask(tmp_path / "in.jsonl", {"id": 1, "prompt": "a", "max_tokens": 2})
+    plain = ("batch", "in.jsonl", "out.jsonl", "--labels", "labels.db")
+    shown = ("batch", "in.jsonl", "hits.jsonl", "--labels", "labels.db", "--hits", "2")
+    relabelled("one")
+    assert (steer(*plain)[0], steer(*shown)[0]) == (0, 0)
+    later = (tmp_path / "labels.db").stat().st_mtime + 5
+    os.utime(tmp_path / "labels.db", (later, later))  # as a migration, or `steer calibrate`, leaves it
+    assert (steer(*plain)[0], steer(*shown)[0]) == (0, 0)
+    relabelled("two")
+    assert steer(*plain)[0] == 0
+    code, said = steer(*shown)
+    assert code == 1 and "was begun with the labels in it" in said
 
 
 def test_a_killed_run_goes_on_to_the_same_file(steer: Steer, folder: Path, tmp_path: Path) -> None:

@@ -175,6 +175,10 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["inspect", "hi", "--top", "0"], 1, "--top is 0"),
         (["inspect"], 1, "the input is empty"),
         (["inspect", "hi", "--html", "no/such/page.html"], 1, "No such file or directory"),
+        (["inspect", "hi", "--aggregate", "mean"], 1, "--aggregate is how a text's features are ranked"),
+        (["inspect", "hi", "--html", "page.html", "--by", "text"], 1, "--by text is not for it"),
+        (["inspect", "hi", "--html", "page.html", "--top", "3"], 1, "--top is not for it"),
+        (["inspect", "hi", "--html", "page.html", "--json"], 1, "--json is not for it"),
         (["capture", "nowhere.txt", "--out", "x"], 1, "no file `nowhere.txt`"),
         (["capture", "--out", "x"], 2, "Missing argument"),
         (["capture", "nowhere.txt", "--out", "x", "--price-per-hour", "2"], 1, "--price-per-hour is for --dry-run"),
@@ -236,13 +240,33 @@ def test_inspect_html_escapes_every_text(steer: Steer, engine: FakeEngine, tmp_p
     assert [path.name for path in tmp_path.glob("*page*")] == ["page.html"]
 
 
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [((0.4, 1.5, 31.25), "steer 31.2 at 0.4x, cliff 1.5x"), ((None, None, 0.0), "steer 0.0")],
+)
+def test_features_say_how_they_steer_where_that_was_measured(
+    found: tuple[float | None, float | None, float],
+    told: str,
+    steer: Steer,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("sweet", "cliff", "steerability")
+    card = replace(engine.card(0), **dict(zip(names, found, strict=True)))  # type: ignore[arg-type]  # by name
+    monkeypatch.setattr(FakeEngine, "card", lambda *_: card)
+    for call in (("search", "bridge"), ("show", "0")):
+        assert f"bridges  ({told})" in steer("features", *call).out.splitlines()[0]
+        [entry] = steer("features", *call, "--json").lines
+        assert tuple(entry[name] for name in names) == found
+
+
 def test_features_are_found_and_shown(steer: Steer, engine: FakeEngine) -> None:
     (found,) = steer("features", "search", "bridge", "--json").lines
     assert (found["latent"], found["label"], found["max_activation"], found["density"]) == (0, "bridges", 12.5, 0.01)
     (shown,) = steer("features", "show", "0", "--json", "--limit", "1").lines
     assert [example["kind"] for example in shown["examples"]] == ["top", "random"]
     assert shown["promotes"] == [{"text": " x", "effect": 0.5}]
-    assert "[ b]" in steer("features", "show", "0").out
+    assert "[ b]" in steer("features", "show", "0").out and "steer" not in steer("features", "show", "0").out
     assert "\x1b" not in steer("features", "search", "red").out
     nothing = steer("features", "search", "zebra")
     assert (nothing.code, nothing.out) == (0, "") and "no feature matches" in nothing.err

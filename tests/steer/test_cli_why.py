@@ -121,6 +121,9 @@ def test_what_made_a_latent_fire(steer: Steer) -> None:
         (("--token", "0"), "nothing comes before token 0"),
         (("--against", "two"), "is 3 tokens: 't' 'w' 'o'"),
         (("--against", "999999"), "--against is 999999"),
+        (("--against", " 4"), "is 2 tokens: ' ' '4'"),
+        (("--against", "4 "), "is 2 tokens: '4' ' '"),
+        (("--latent", "3", "--by", "normalised"), "--latent alone ranks tokens"),
         (("--through", "below"), "--through goes with --latent"),
         (("--latent", "3", "--against", "x"), "--against explains a token"),
         (("--latent", "64"), "there is no latent 64"),
@@ -227,6 +230,7 @@ def test_patch_draws_a_picture(steer: Steer, tmp_path: Path, name: str) -> None:
         (("ab", "cb", "--latents", "3", "--at", "blocks.1.hook_resid_post"), "the latents stand at"),
         (("ab", "cb", "--picture", "p.gif"), "`p.gif` is no picture"),
         (("ab", "cb", "--picture", "nowhere/p.html"), "there is no folder `nowhere`"),
+        (("ab", "cb", "--answer", " 4", "--wrong", "5"), "--answer ' 4' is 2 tokens"),
         (("ab", "cb", "--answer", "a", "--wrong", "a"), "the answer and the wrong one are both 'a'"),
     ],
 )

@@ -152,3 +152,11 @@ def test_a_guard_backs_off_only_when_told_to_and_not_at_once() -> None:
     for _ in range(50):
         calm.see(event(4, kl=0.1, surprisal=1.0, expected=1.0))
     assert calm.meter.repetition == 1.0 and calm.factor < 1.0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_guard_backs_off_from_what_is_no_number(broken: float) -> None:
+    guard = Guard(backs_off=True)
+    for n in range(WAIT):
+        guard.see(event(n, kl=broken, surprisal=1.0, expected=1.0))
+    assert guard.factor == STEP and guard.meter is not None and guard.meter.word == "over the line"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llama_3.tokenizer import load_tokenizer
 from sae.checkpoint import save_sae
 from sae.model import SAE, SAEConfig
+from steer.analysis.checkup import Finding
 from steer.analysis.prose import PARAGRAPH
 from steer.cli import main
 from steer.config import DEMO_MODEL, DEMO_SAE
@@ -178,3 +179,24 @@ def test_a_text_with_nothing_to_measure_is_refused(
 
 def test_the_paragraph_is_about_200_tokens(doctor: Doctor) -> None:
     assert 180 <= len(load_tokenizer(DEMO_MODEL).encode(PARAGRAPH)) <= 300
+
+
+def test_each_of_several_saes_is_looked_at(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, latents, hook in (("a", 8, "blocks.0.hook_resid_post"), ("b", 16, "blocks.1.hook_resid_post")):
+        save_sae(tmp_path / name, SAE(SAEConfig(32, latents, k=2, hook=hook)))
+    examined: list[int] = []
+
+    def examine(model: Any, sae: SAE, *rest: Any, **given: Any) -> tuple[Finding, ...]:
+        examined.append(sae.config.d_sae)
+        return (Finding("hook", sae.config.d_sae == 8, 1.0, "it reads"),)
+
+    monkeypatch.setattr("steer.analysis.checkup.examine", examine)
+    sizes: dict[str, int] = {}
+    monkeypatch.setattr("steer.device.sae_bytes", lambda config, device: sizes.setdefault(config.hook, 1 << 30))
+    both = ("--model", "model", "--device", "cpu", "--sae", "a", "--sae", "b")
+    code, checks = doctor(*both)
+    assert code == 1 and examined == [8, 16]
+    assert checks["sae"]["value"] == "8 latents at blocks.0.hook_resid_post; 16 latents at blocks.1.hook_resid_post"
+    assert checks["hook"]["message"] == "blocks.1.hook_resid_post: it reads" and not checks["hook"]["ok"]
+    assert "SAE 2.0" in checks["fit"]["value"] and len(sizes) == 2
+    assert "2 of 2 layers kept" in doctor(*both, "--quantize", "int8")[1]["quantize"]["value"]

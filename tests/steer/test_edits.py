@@ -1,5 +1,7 @@
 """What an edit says is what it prints."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,3 +137,9 @@ def test_muted_and_bypassed_edits_do_not_act() -> None:
     loud, quiet = Edit.parse("1 +1"), Edit(2, "ablate", muted=True)
     assert SteeringSet((loud, quiet)).live == (loud,)
     assert SteeringSet((loud, quiet), bypass=True).live == ()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_strength_is_finite(number: float) -> None:
+    with pytest.raises(SteerError, match="is no number to steer with"):
+        Strength(number)

@@ -166,6 +166,17 @@ def test_what_steer_toml_says_elsewhere_does_not_change_a_recipe(steer: Steer) -
     assert steer("complete", "Once", "--json", "--recipe", "r.toml", *WITH).lines == before
 
 
+def test_a_recipe_knows_every_sae_in_use(steer: Steer) -> None:
+    below = "blocks.0.hook_resid_post"
+    save_sae("below", tiny_sae(hook=below))
+    both = (*WITH, "--sae", "below")
+    assert steer("recipe", "save", "r.toml", "--edit", "12 +2", "--edit", f"5 +1 at {below}", *both).code == 0
+    assert [mark.hook for mark in Recipe.read(Path("r.toml")).saes] == [HOOK, below]
+    checked = steer("recipe", "check", "r.toml", "--json", *both)
+    assert checked.code == 0 and all(line["ok"] for line in checked.lines)
+    assert steer("recipe", "check", "r.toml", *WITH).code == 1
+
+
 def changed_sae(folder: Path, where: Path, **changes: Any) -> None:
     """Another SAE of the same shape, with other maxima."""
     sae = tiny_sae(hook=HOOK, **changes)
@@ -300,11 +311,40 @@ def test_import_and_export_say_what_was_lost(steer: Steer) -> None:
     [ours] = steer("complete", "Once", "--edit", "12 +1.5x on all+special", *flags).lines
     [theirs] = steer("complete", "Once", "--recipe", "back.toml", *flags).lines
     assert ours["tokens"] == theirs["tokens"]
+    for bad in ("nan", "inf", "-inf"):
+        ran = steer("recipe", "import", "v.gguf", "bad.toml", "--coefficient", bad)
+        assert ran.code == 1 and f"a strength of {bad}" in ran.err and not Path("bad.toml").exists()
     Path("cap.json").write_text('{"features": [{"index": 1, "layer": "1-res"}], "steer_method": "PROJECTION_CAP"}')
     none = steer("recipe", "import", "cap.json", "none.toml")
     assert none.code == 1 and "left out: feature 1" in none.err and not Path("none.toml").exists()
     assert steer("recipe", "import", "missing.csv", "none.toml").code == 1
     assert steer("recipe", "export", "r.toml", "x.unknown").code == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "heeded"),
+    [
+        ("x.csv", {"hook"}),
+        ("v.gguf", {"coefficient"}),
+        ("https://neuronpedia.org/llama3-8b-it/25-res-jh/18895", {"hook", "strength"}),
+        ("g.json", {"hook", "sae-name"}),
+    ],
+)
+def test_what_a_format_does_not_heed_is_refused(steer: Steer, source: str, heeded: set[str]) -> None:
+    Path("x.csv").write_text("hookpoint,feature_index,steering_coefficient\nlayers.1,9,2\n")
+    Path("g.json").write_text('{"edits": [{"index_in_sae": 5, "value": 0.5}]}')
+    steer("recipe", "save", "r.toml", "--edit", "12 +1.5x", *WITH)
+    assert steer("recipe", "export", "r.toml", "v.gguf", *WITH).code == 0
+    options = {"hook": HOOK, "sae-name": "goodfire:meta-llama/Llama-3.3-70B-Instruct", "strength": "2x"}
+    for name, value in (options | {"coefficient": "3"}).items():
+        ran = steer("recipe", "import", source, f"{name}.toml", f"--{name}", value)
+        if name in heeded:
+            assert ran.code == 0, ran.err
+        else:
+            assert ran.code == 1 and f"--{name} has no meaning for this format" in ran.err
+            assert not Path(f"{name}.toml").exists()
+    named = steer("recipe", "export", "r.toml", "w.gguf", "--sae-name", "sparsify:a/b", *WITH)
+    assert named.code == 1 and "--sae-name has no meaning" in named.err and not Path("w.gguf").exists()
 
 
 # -- what the formats say, against their own arithmetic in float64 -----------------------------------------------------

@@ -266,3 +266,13 @@ def test_csv_cells_are_quoted(tmp_path: Path) -> None:
     there_and_back("lm-eval", Recipe((line,), saes=marks(HOOKS[1])), tmp_path)
     with (tmp_path / "file.lm-eval").open(newline="") as handle:
         assert next(csv.DictReader(handle))["description"] == line.label
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_edit_on_a_place_or_without_a_hook_is_left_out_by_every_format(name: str) -> None:
+    asked = Asked(sae_name=f"goodfire:{LLAMA_70B}") if name == "goodfire" else NOTHING
+    reply, nowhere = Edit.parse("8 +2 on generated at blocks.50.hook_resid_post"), Edit.parse("9 +2")
+    notes = find_format(name, "", "write").write(Recipe.of(reply, nowhere), asked, Rows).notes
+    assert f"left out: `{reply}`: the format does not tell tokens apart, and it acts on generated" in notes
+    homeless = f"left out: `{nowhere}`: nothing says where it acts: give it `at HOOK`"
+    assert (homeless in notes) == (name != "goodfire")  # whose model says where

@@ -178,9 +178,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("steer.store.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     session.system = "changed"
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SteerError, match="No space"):
         store.save(session)
     assert path.read_bytes() == before and store.names() == ["mine"]
     assert len(list(tmp_path.iterdir())) == 1

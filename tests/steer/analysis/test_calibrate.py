@@ -1,8 +1,12 @@
 """Calibration and controls on the demo: what is measured is what happens, and what was measured is kept."""
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +14,14 @@ import torch
 from labels.index import Calibration, LabelIndex
 from steer.analysis.calibrate import Calibrator, Trial, judge
 from steer.analysis.controls import CONDITIONS, run_controls
-from steer.analysis.likelihood import Text, logprobs
+from steer.analysis.likelihood import Text, logprobs, write
 from steer.cli import main
+from steer.cli.calibrate import _open
 from steer.config import DEMO_LABELS
 from steer.edits import Edit, SteeringSet
 from steer.engine import Engine
 from steer.errors import SteerError
-from steer.session import Prompt
+from steer.session import Prompt, Sampling
 
 BOOK = 2229
 SHORT = {"strengths": (0.3, 1.5), "prompts": ("Once upon a time",), "tokens": 12}
@@ -99,6 +104,15 @@ def test_the_command_keeps_what_it_measured_and_goes_on(
     assert main(["calibrate", "9999999"]) == 1
     assert main(["calibrate", "5..2"]) == 1
     assert main(["calibrate", "5", "--strengths", "x,y"]) == 1
+    Path(tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
+    capsys.readouterr()
+    for wrong, why in (
+        (["--seed", "-1"], "the seed is -1"),
+        (["--seed", "9" * 40], f"the seed is {'9' * 40}"),
+        (["--prompts", str(tmp_path / "latin.txt")], f"`{tmp_path / 'latin.txt'}` is no text in UTF-8"),
+    ):
+        assert main(["calibrate", "5", *wrong]) == 1
+        assert why in capsys.readouterr().err
     assert "Traceback" not in capsys.readouterr().err
     assert DEMO_LABELS.read_bytes() == shipped
 
@@ -128,4 +142,76 @@ def test_controls_tell_the_direction_from_any_other(demo: Engine) -> None:
     with pytest.raises(SteerError, match="does not add to a latent"):
         run_controls(demo, Edit.parse("ablate 5"), ["book"], prompts, asked)
     with pytest.raises(SteerError, match="no words"):
+        run_controls(demo, edit, [" "], prompts, asked)
+    with pytest.raises(SteerError, match="no words"):
         run_controls(demo, edit, [], prompts, asked)
+
+
+@pytest.mark.parametrize(
+    ("topic", "said", "count"),
+    [
+        (["ice cream"], "Ice cream, ice\n cream and an icecream; nice cream.", 2),
+        (["cream", "ice cream"], "An ice cream with cream.", 2),
+        (["book"], "A book, books and a notebook: BOOK.", 2),
+        (["c++"], "C++ and c.", 1),
+    ],
+)
+def test_a_topic_is_counted_by_whole_words(
+    demo: Engine, monkeypatch: pytest.MonkeyPatch, topic: list[str], said: str, count: int
+) -> None:
+    monkeypatch.setattr(
+        "steer.analysis.controls.write", lambda engine, prompts, *_: [(Text((4080, 5), (6, 7)), said)] * len(prompts)
+    )
+    [prompt] = prompts = [Prompt(text="Once")]
+    found = run_controls(demo, Edit.parse(f"{BOOK} +0.5x"), topic, prompts, [prompt], seeds=2)
+    assert {one.rate.value for one in found} == {1.0}
+    [words] = {one.words.value for one in found}
+    assert words == pytest.approx(100 * count / len(re.findall(r"\w+", said)))
+
+
+def test_what_cannot_be_kept_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEER_HOME", str(tmp_path))
+    monkeypatch.setattr("steer.analysis.calibrate.Calibrator.calibrate", lambda *_: pytest.fail("it was measured"))
+    own = tmp_path / "own.db"
+    own.write_bytes(DEMO_LABELS.read_bytes())
+    real = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != own and real(path, mode))
+    assert main(["calibrate", str(BOOK), "--labels", str(own)]) == 1
+    assert f"`{own}` cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_measured_with_each_sae_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The SAE that ships changes twice, and then goes back to the second one."""
+    monkeypatch.setenv("STEER_HOME", str(tmp_path))
+    name, layer, kept = "sae/sae.safetensors", tmp_path / "demo-labels.db", set[str]()
+    for sha256 in ("a" * 64, "b" * 64, "c" * 64, "b" * 64):
+        index = SimpleNamespace(path=DEMO_LABELS, meta=lambda sha256=sha256: {name: sha256, "hook": "h"})
+        with _open(SimpleNamespace(index=index)) as store:
+            assert store.meta()[name] == sha256 and (store.calibration(5) is not None) == (sha256 in kept)
+            store.write_calibrations([Calibration(5, 1.0, 2.0, 7.0, "{}")])
+        kept.add(sha256)
+    files = {layer, *(tmp_path / f"demo-labels.{letter * 12}.db" for letter in "ac")}
+    assert {path for path in tmp_path.glob("*.db")} == files
+    assert capsys.readouterr().err.count("was measured with another SAE") == 3
+
+
+def test_more_replies_than_are_written_at_once_are_the_same(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ("Once upon a time", "One day", "The sun")
+    options = {"strengths": (0.3,), "prompts": prompts, "tokens": 4, "sampling": Sampling(temperature=0.0)}
+    at_once: list[int] = []
+
+    def counted(engine: Engine, prompts: list[Prompt], *rest: Any) -> list[tuple[Text, str]]:
+        at_once.append(len(prompts))
+        return write(engine, prompts, *rest)
+
+    whole = Calibrator(demo, **options).calibrate(BOOK)
+    monkeypatch.setattr("steer.analysis.calibrate.write", counted)
+    monkeypatch.setattr("steer.analysis.calibrate.ROWS", 2, raising=False)
+    parts = Calibrator(demo, **options).calibrate(BOOK)
+    assert max(at_once) == 2
+    assert [trial.text for trial in parts.trials] == [trial.text for trial in whole.trials]
+    assert [trial.kl for trial in parts.trials] == pytest.approx([trial.kl for trial in whole.trials], abs=1e-4)

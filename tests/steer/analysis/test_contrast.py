@@ -181,7 +181,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "texts: 6 of A, 6 of B; " in err
     assert main(["features", "contrast", "a.txt", "The fish swam.", "--limit", "3", "--max-texts", "2"]) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and all(len(line.split("  label")[0]) <= 80 for line in out.splitlines()[:1])
+    heading, *rows = out.splitlines()
+    label = heading.index("label")
+    assert len(rows) == 3 and label < 60 and all(row[label - 2 : label] == "  " and row[label] != " " for row in rows)
     assert "of `a.txt` the first 2 texts are read" in err and "so few texts" in err
     assert main(["features", "contrast", "a.txt", "b.txt", "--limit", "0"]) == 1
     assert "--limit is 0" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Activation patching against hooks written by hand on transformers' modules, and latents against a loop."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,13 @@ def test_an_sae_is_read_in_either_run(models: tuple[Transformer, Any]) -> None:
         models[0], TOKENIZER, CLEAN, CORRUPT, [HookPoint(0, "resid_post")], answer=65, wrong=70, sae=silent, latents=[1]
     )
     assert {round(cell.recovered or 0.0, 4) for cell in found.cells} == {0.0}
+
+
+def test_a_range_beyond_the_prompts_is_refused_and_not_written_out(models: tuple[Transformer, Any]) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(SteerError, match=f"there is no token {len(CLEAN)} in these prompts"):
+            patch(models[0], TOKENIZER, CLEAN, CORRUPT, [HookPoint(0, "resid_post")], range(300_000))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

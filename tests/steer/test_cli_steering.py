@@ -1,0 +1,183 @@
+"""`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae` as they are typed, on a tiny model."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae.checkpoint import save_sae
+from steer.analysis.controls import CONDITIONS
+from steer.analysis.likelihood import Text
+from steer.cli import main
+from steer.events import Event, TokenEvent
+from tests.steer.fake import NAMES, FakeEngine
+from tests.steer.test_engine import tiny_sae
+from tests.tiny import write_tiny_checkpoint
+
+QUICK = ("--max-tokens", "4", "--seed", "3", "--temperature", "0.9")
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Steer = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("steering")
+    write_tiny_checkpoint(folder / "model")
+    save_sae(folder / "sae", tiny_sae(), tiny_sae().stats)
+    return folder
+
+
+@pytest.fixture
+def steer(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Steer:
+    monkeypatch.setenv("STEER_HOME", str(folder / "home"))
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> Ran:
+        code = main([*arguments, "--model", "model", "--sae", "sae"])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ran(code, out, err)
+
+    return run
+
+
+# -- beside the unsteered reply ----------------------------------------------------------------------------------------
+
+
+def test_compare_writes_the_replies_that_are_written_alone(steer: Steer) -> None:
+    edit = ("--edit", "5 +6 on generated")
+    plain, steered = (steer("complete", "Once", *more, *QUICK, "--json").lines[0] for more in ((), edit))
+    ran = steer("complete", "Once", "--compare", *edit, *QUICK, "--json")
+    assert ran.code == 0
+    baseline, pushed = ran.lines
+    assert (baseline["row"], baseline["tokens"], baseline["edits"]) == ("baseline", plain["tokens"], [])
+    assert (pushed["row"], pushed["tokens"], pushed["edits"]) == ("steered", steered["tokens"], ["5 +6 on generated"])
+    assert "kl" not in baseline and len(pushed["kl"]) == len(pushed["surprisal"]) == len(pushed["tokens"])
+    found = pushed["comparison"]
+    first = next(n for n, pair in enumerate(zip(plain["tokens"], steered["tokens"], strict=False)) if len({*pair}) > 1)
+    assert found["first_difference"] == first and found["kl"] > 0 and found["changed"]
+    page = steer("complete", "Once", "--compare", *edit, *QUICK)
+    assert page.out.startswith("baseline:\n") and "\nsteered:\n" in page.out
+    assert f"first token that differs: {first}" in page.err and "KL(steered | unsteered)" in page.err
+
+
+def test_spliced_is_the_sae_alone(steer: Steer) -> None:
+    [alone] = steer("complete", "Once", "--error", "drop", *QUICK, "--json").lines
+    ran = steer("complete", "Once", "--spliced", "--edit", "5 +6", *QUICK, "--json")
+    assert ran.code == 0 and [entry["row"] for entry in ran.lines] == ["baseline", "steered", "spliced"]
+    assert ran.lines[2]["tokens"] == alone["tokens"] != ran.lines[0]["tokens"]
+    assert ran.lines[2]["edits"] == [] and len(ran.lines[2]["kl"]) == len(alone["tokens"])
+
+
+class Interrupted(FakeEngine):
+    """Ctrl-C comes with the second token of the first prompt."""
+
+    def stream(self, *given: Any, **options: Any) -> Iterator[Event]:
+        for event in super().stream(*given, **options):
+            if isinstance(event, TokenEvent) and event.token == 21:
+                options["stop"].set()
+            yield event
+
+
+def test_an_interrupted_comparison_shows_what_it_has_and_no_more(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Interrupted())
+    ran = steer("complete", "first", "second", "third", "--compare", "--json")
+    assert ran.code == 130
+    assert [(entry["prompt"], entry["row"]) for entry in ran.lines] == [("first", "baseline"), ("first", "steered")]
+    assert {entry["finish"] for entry in ran.lines} == {"cancelled"}
+
+
+def test_a_label_cannot_add_a_row_to_a_comparison(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apart(FakeEngine):
+        """The second row says more than the first, so features differ."""
+
+        def stream(self, *given: Any, **options: Any) -> Iterator[Event]:
+            yield from (
+                event
+                for event in super().stream(*given, **options)
+                if not (isinstance(event, TokenEvent) and event.row == 0 and event.token > 21)
+            )
+
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Apart())
+    for latent in range(10):
+        monkeypatch.setitem(NAMES, latent, "one\nseed 9, 0 tokens, stop")
+    err = steer("complete", "a", "--compare").err
+    assert "-> " in err and "one" in err
+    assert not [line for line in err.splitlines() if line.startswith("seed 9")]
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+CONTROLS = ("controls", "5 +4", "--topic", "e", "--prompt", "Once", "--seeds", "2", "--max-tokens", "4")
+
+
+def test_controls_have_a_line_for_each_condition(steer: Steer) -> None:
+    ran = steer(*CONTROLS, "--json")
+    assert ran.code == 0 and [entry["condition"] for entry in ran.lines] == list(CONDITIONS)
+    assert {(entry["replies"], entry["edit"], entry["asked"]) for entry in ran.lines} == {
+        (2, "5 +4", "A story about e. Once")
+    }
+    assert all(entry["rate"]["low"] <= entry["rate"]["value"] <= entry["rate"]["high"] for entry in ran.lines)
+    page = steer(*CONTROLS)
+    assert [line.split()[0] for line in page.out.splitlines()] == ["condition", *CONDITIONS]
+    assert "12 of 12 replies" in page.err and "asked: A story about e. Once" in page.err
+    for wrong, why in (
+        (("controls", "ablate 5", "--topic", "e"), "does not add to a latent"),
+        (("controls", "5 +4", "--topic", ","), "the topic has no words"),
+        ((*CONTROLS, "--seeds", "1"), "--seeds is 1"),
+        ((*CONTROLS, "--seed", str(2**31 - 1)), "the seed is 2147483648"),
+    ):
+        ran = steer(*wrong)
+        assert ran.code == 1 and why in ran.err and ran.out == ""
+
+
+def test_controls_take_the_seeds_and_the_system_message_that_are_given(
+    steer: Steer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    heard: set[tuple[str, str]] = set()
+
+    def write(engine: object, prompts: Any, sets: Any, seeds: list[int], *rest: object) -> list[tuple[Text, str]]:
+        drawn.extend(seeds)
+        heard.update(prompt.messages[0] for prompt in prompts)
+        return [(Text((256, 5), (6,)), "e")] * len(prompts)
+
+    monkeypatch.setattr("steer.analysis.controls.write", write)
+    Path("steer.toml").write_text('system = "Be brief."\n')
+    try:
+        assert steer(*CONTROLS, "--seed", "7", "--chat").code == 0
+    finally:
+        Path("steer.toml").unlink()
+    assert set(drawn) == {7, 8} and heard == {("system", "Be brief.")}
+
+
+# -- an SAE that fits nothing ------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_sae_steers_only_when_it_is_trusted(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "steer.analysis.checkup.glance", lambda model, sae, tokenizer: "the SAE does not fit this model"
+    )
+    call = ("complete", "Once", "--edit", "5 +6", *QUICK, "--json")
+    refused = steer(*call)
+    assert refused.code == 1 and refused.out == "" and "--trust-sae" in refused.err
+    trusted = steer(*call, "--trust-sae")
+    assert trusted.code == 0 and trusted.lines[0]["report"]["steered"] and "does not fit this model" in trusted.err
+    assert steer("complete", "Once", *QUICK).code == 0  # it may be looked at
