@@ -33,7 +33,7 @@ Steer = Callable[..., Ran]
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: fake)
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: fake)
     return fake
 
 
@@ -201,7 +201,7 @@ def test_a_mistake_is_one_sentence(arguments: list[str], code: int, why: str, st
 
 
 def test_without_an_sae_an_edit_is_a_mistake(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: FakeEngine(hook=None))
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: FakeEngine(hook=None))
     assert steer("complete", "hi").code == 0
     assert "no SAE" in steer("complete", "hi", "--edit", "1 +1").err
     assert "no SAE" in steer("inspect", "hi").err
@@ -314,7 +314,7 @@ def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.Monkey
 
 
 def test_an_interruption_has_its_code(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(settings: object) -> None:
+    def interrupt(settings: object, **_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("steer.cli.engines.load_engine", interrupt)
@@ -361,7 +361,7 @@ def test_plain_chat_goes_on_after_a_file_that_cannot_be_written(steer: Steer, en
 
 
 def test_too_little_memory_is_one_sentence(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(settings: object) -> None:
+    def load(settings: object, **_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
     monkeypatch.setattr("steer.cli.engines.load_engine", load)
