@@ -1,7 +1,7 @@
 """The `steer` command: data on stdout, everything else on stderr, one sentence for what a person got wrong.
 
-One file for each group of commands; what every command takes is declared in `options.py`. Torch and Textual are
-imported inside the commands that need them, so that `steer --help` is instant.
+One file for each group of commands; what every command takes is declared in `options.py`. Only the file of the command
+that is asked for is imported, and torch and Textual inside the commands that need them, so that help is instant.
 
 Under torchrun every process runs the same command on its share of the model, and the first one speaks for all.
 
@@ -16,57 +16,48 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 
 import typer
 
 from llama_3.ranks import is_main, world
-from steer.cli import (
-    batch,
-    calibrate,
-    capture,
-    chat,
-    complete,
-    controls,
-    doctor,
-    evaluate,
-    features,
-    inspect,
-    label,
-    patch,
-    preprocess,
-    recipe,
-    split,
-    train,
-    why,
-)
 from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
 
-__all__ = ["app", "main"]
-
 COMMANDS = (
-    chat, complete, batch, inspect, why, patch, features, calibrate, controls, recipe,
-    split, capture, preprocess, train, evaluate, label, doctor,
+    "chat", "complete", "batch", "inspect", "why", "patch", "features", "calibrate", "controls", "recipe",
+    "split", "capture", "preprocess", "train", "evaluate", "label", "doctor",
 )  # fmt: skip
-"""The modules that put their commands on `app`, in the order of the help."""
+"""In the order of the help; each is put on `app` by the module of its name."""
 SHARED = ("complete", "inspect", "capture", "train")
 """Commands that several processes run together; the others ask a person, or write files that are one process's."""
+
+
+def register(command: str | None = None) -> typer.Typer:
+    """The application with one command, or with all where there is none of that name."""
+    for name in (command,) if command in COMMANDS else COMMANDS:
+        import_module(f"steer.cli.{name}")
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    gc.set_threshold(50_000, 20, 50)  # torch's import leaves a million objects: looking through them took a sixth of it
-    if is_main():
-        return _main(arguments)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return _main(arguments)
+    gc.set_threshold(50_000, 20, 50)  # to look through what torch's import leaves takes 0.4 s, a quarter at the end
+    try:
+        if is_main():
+            return _main(arguments)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return _main(arguments)
+    finally:
+        gc.freeze()
 
 
 def _main(arguments: Sequence[str]) -> int:
     try:
         if world() > 1:
             _check_shared(arguments)
+        register(next(iter(arguments), None))
         code = app(list(arguments), prog_name="steer", standalone_mode=False)
         sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:  # typer has turned the interruption into its code
