@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as js
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +15,6 @@ from steer.events import clean_line
 
 if TYPE_CHECKING:
     from labels.index import LabelIndex
-    from steer.analysis.calibrate import Calibrated
     from steer.engine import Engine
 
 SPOTS = ("sweet", "cliff", "steerability")
@@ -40,7 +37,7 @@ def calibrate(
     """Measure effect and damage of a feature at rising strengths: sweet spot, cliff, steerability."""
     if tokens < 4:
         raise SteerError(f"--tokens is {tokens}", "give at least 4: repetition is counted in 4-grams")
-    from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator
+    from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator, keep, recall
 
     engine = engines.load_engine(settings)
     chosen = _latents(engine, latents or [], where)
@@ -52,17 +49,16 @@ def calibrate(
         tokens=tokens,
         seed=seed,
     )
-    how = {"strengths": calibrator.strengths, "prompts": calibrator.prompts, "tokens": tokens, "seed": seed}
-    how = js.loads(js.dumps(how | {"model": engine.info.model, "dtype": engine.info.dtype}))
+    how = calibrator.how
     with _open(engine) as store, engines.interruptible() as cancel:
         for number, latent in enumerate(chosen, 1):
             if cancel.is_set():
                 narrate("what is done is kept; the same command goes on")
                 return ExitCode.INTERRUPTED
-            known = None if again else store.calibration(latent)
-            entry = js.loads(known.data) if known is not None else None
-            if entry is None or entry["how"] != how:
-                entry = _keep(calibrator.calibrate(latent), how, store)
+            entry = None
+            if not again:  # what the user has measured, else what was measured before it shipped
+                entry = recall(store, latent, how) or (recall(engine.index, latent, how) if engine.index else None)
+            entry = entry or keep(calibrator.calibrate(latent), how, store)
             label = engine.labels([latent]).get(latent, "")
             if json:
                 for trial in entry["trials"]:
@@ -72,15 +68,6 @@ def calibrate(
             if len(chosen) > 1:
                 narrate(f"{number} of {len(chosen)}")
     return ExitCode.DONE
-
-
-def _keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str, Any]:
-    """Write down what was found out of a latent; the same as it is read back."""
-    from labels.index import Calibration
-
-    entry: dict[str, Any] = js.loads(js.dumps(asdict(done))) | {"how": how}
-    store.write_calibrations([Calibration(done.latent, done.sweet, done.cliff, done.steerability, js.dumps(entry))])
-    return entry
 
 
 def _open(engine: Engine) -> LabelIndex:
