@@ -1,6 +1,6 @@
 """Do calibrated figures say which features steer? The tables and the picture of docs/calibration.md.
 
-    python -m benchmarks.calibration measure INDEX     # `steer calibrate` of 250 latents of the demo, into a copy of its index
+    python -m benchmarks.calibration measure INDEX     # calibrate 250 latents, into a copy of the demo's index
     python -m benchmarks.calibration compare INDEX     # replies with the picks of each topic, into INDEX.replies.jsonl
     python -m benchmarks.calibration tables INDEX --picture docs/calibration.png
     python -m benchmarks.calibration ship INDEX        # the calibrations into the index that ships
@@ -45,6 +45,8 @@ SEEDS, TOKENS = range(50), 60
 COMMON = 0.4
 """The one strength at which all picks are compared too, times the latent's max: `steering.py` takes it most often."""
 PICKS = ("label match", "steerability", "random hit")
+RUNS = [(PICKS[0], None), (PICKS[1], None), (PICKS[0], COMMON), (PICKS[1], COMMON), (PICKS[2], None)]
+"""Each pick with its strength; None is its own."""
 Entry = dict[str, Any]
 Topics = dict[str, list[str]]
 
@@ -54,7 +56,7 @@ def candidates(index: LabelIndex, topics: Topics) -> list[int]:
     hits = [[feature.latent for feature in index.search(topic, HITS)] for topic in topics]
     found = dict.fromkeys(one[depth] for depth in range(HITS) for one in hits if depth < len(one))
     others = [feature.latent for feature in index.search("max:>0", 1 << 20) if feature.latent not in found]
-    return [*found, *random.Random(0).sample(others, max(0, LATENTS - len(found)))]
+    return [*found, *random.Random(0).sample(others, min(len(others), max(0, LATENTS - len(found))))]
 
 
 def picks(index: LabelIndex, topic: str) -> dict[str, Feature]:
@@ -126,13 +128,13 @@ def read_replies(index: Path) -> dict[tuple[int | None, float], Entry]:
 
 def compare(index: Path, topics: Topics, threads: int) -> None:
     """Writes the replies of every pick that are not there yet, the baseline's first."""
-    done, wanted = read_replies(index), [(None, 0.0)]
+    done = read_replies(index)
+    wanted: list[tuple[int | None, float]] = [(None, 0.0)]
     with LabelIndex(index) as store:
         found = [picks(store, topic) for topic in topics]
-        for strength in (None, COMMON):
-            for name in PICKS if strength is None else PICKS[:2]:
-                latents = [one[name].latent for one in found if one]
-                wanted += [(latent, strength or own_strength(entry_of(store, latent))) for latent in latents]
+        for name, strength in RUNS:
+            latents = [one[name].latent for one in found if one]
+            wanted += [(latent, strength or own_strength(entry_of(store, latent))) for latent in latents]
     left = [one for one in dict.fromkeys(wanted) if one not in done]
     engine = Engine.load(threads=threads)
     for number, (latent, strength) in enumerate(left, 1):
@@ -164,28 +166,26 @@ def tell_picks(store: LabelIndex, index: Path, topics: Topics) -> None:
     print("|---|---|---:|---:|---:|---:|")
     plain = {topic: hit_rate(base["texts"], topics[topic]) for topic in found}
     print(f"| | no edit | {told(mean_over(list(plain.values())))} | | | 1.0 |")
-    rates: dict[tuple[str, str], dict[str, float]] = {}
-    for strength, name in [*(("its own", name) for name in PICKS), *((f"{COMMON}x", name) for name in PICKS[:2])]:
-        rates[strength, name], damage = {}, []
+    rates: dict[tuple[str, float | None], dict[str, float]] = {}
+    for name, strength in RUNS:
+        rates[name, strength], damage = {}, []
         for topic, one in found.items():
             latent = one[name].latent
-            used = own_strength(entry_of(store, latent)) if strength == "its own" else COMMON
-            reply = replies[latent, used]
-            rates[strength, name][topic] = hit_rate(reply["texts"], topics[topic])
+            reply = replies[latent, strength or own_strength(entry_of(store, latent))]
+            rates[name, strength][topic] = hit_rate(reply["texts"], topics[topic])
             damage.append(reply["perplexity"] / base["perplexity"])
-        less = {t: rate - rates[strength, PICKS[0]][t] for t, rate in rates[strength, name].items()}
+        less = {t: rate - rates[PICKS[0], strength][t] for t, rate in rates[name, strength].items()}
         shown = [told(mean_over([less[t] for t in some])) for some in (list(found), differ)]
         shown = ["", ""] if name == PICKS[0] else [shown[0], shown[1] if name == PICKS[1] else ""]
-        rate = told(mean_over(list(rates[strength, name].values())))
-        print(f"| {strength} | {name} | {rate} | {shown[0]} | {shown[1]} | {median(damage):.2f} |")
+        rate = told(mean_over(list(rates[name, strength].values())))
+        at = f"{strength}x" if strength else "its own"
+        print(f"| {at} | {name} | {rate} | {shown[0]} | {shown[1]} | {median(damage):.2f} |")
     for topic in differ:
         first, best = (found[topic][name] for name in PICKS[:2])
-        each = [f"{rates['its own', name][topic]:.0%}" for name in PICKS[:2]]
-        print(
-            f"{topic}: {first.latent} {first.label!r} {each[0]}; {best.latent} {best.label!r} {each[1]}",
-            file=sys.stderr,
-        )
-    tell_sorted(index, found, rates["its own", PICKS[0]])
+        each = [f"{rates[name, None][topic]:.0%}" for name in PICKS[:2]]
+        pair = [f"{one.latent} ({one.label}) {rate}" for one, rate in zip((first, best), each, strict=True)]
+        print(f"{topic}: {pair[0]}; {pair[1]}", file=sys.stderr)
+    tell_sorted(index, found, rates[PICKS[0], None])
 
 
 def tell_sorted(index: Path, found: dict[str, dict[str, Feature]], rates: dict[str, float]) -> None:
@@ -195,9 +195,8 @@ def tell_sorted(index: Path, found: dict[str, dict[str, Feature]], rates: dict[s
         match = [db.execute(sql, (parse(t).match, one[PICKS[0]].latent)).fetchone()[0] for t, one in found.items()]
     steerability = [one[PICKS[0]].steerability or 0.0 for one in found.values()]
     hits = list(rates.values())
-    print(
-        f"\n| the {len(found)} first hits, sorted by | {' | '.join(f'first {n}' for n in (10, 20, 30))} | all | rank correlation |"
-    )
+    columns = "first 10 | first 20 | first 30 | all | rank correlation"
+    print(f"\n| the {len(hits)} first hits, sorted by | {columns} |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, key in zip(PICKS, (match, steerability), strict=False):
         order = sorted(range(len(hits)), key=lambda place: -key[place])
@@ -223,9 +222,8 @@ def tell_latents(store: LabelIndex) -> None:
         targets = ", ".join(f"`{target.strip()}`" for target in entry["targets"][:5]).replace("|", "\\|")
         spots = [f"{spot:g}x" if spot else "none" for spot in (each.sweet, each.cliff)]
         label = each.label.replace("|", "\\|")
-        print(
-            f"| {each.latent} | {label} | {targets} | {' | '.join(spots)} | {each.steerability:.2f} | {trial['ratio']:.2f} |"
-        )
+        figures = f"{' | '.join(spots)} | {each.steerability:.2f} | {trial['ratio']:.2f}"
+        print(f"| {each.latent} | {label} | {targets} | {figures} |")
 
 
 def draw(store: LabelIndex, file: Path) -> None:
@@ -239,7 +237,7 @@ def draw(store: LabelIndex, file: Path) -> None:
         points = [(trial["ratio"], trial["effect"]) for trial in entry["trials"]]
         axis.plot(*zip(*points, strict=True), color="tab:blue", linewidth=0.5, alpha=0.15)
     sweet = [(t["ratio"], t["effect"]) for one in entries for t in one["trials"] if one["sweet"] == t["strength"]]
-    axis.scatter(*zip(*sweet, strict=True), s=8, color="tab:green", zorder=3, label="sweet spots")
+    axis.scatter([x for x, _ in sweet], [y for _, y in sweet], s=8, color="tab:green", zorder=3, label="sweet spots")
     middle = [[median(one[name] for one in row) for name in ("ratio", "effect")] for row in _by_strength(entries)]
     axis.plot(*zip(*middle, strict=True), color="black", marker="o", markersize=4, label="medians at each strength")
     for row, (ratio, effect) in zip(_by_strength(entries), middle, strict=True):
@@ -252,9 +250,8 @@ def draw(store: LabelIndex, file: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="perplexity under the unsteered model, times the baseline's")
-    axis.set(
-        ylabel="effect: target tokens more in 100", title=f"{len(entries)} latents of the demo, 0.1x to 2x of their max"
-    )
+    axis.set(ylabel="effect: target tokens more in 100")
+    axis.set(title=f"{len(entries)} latents of the demo, 0.1x to 2x of their max")
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)
 
@@ -268,7 +265,6 @@ def ship(index: Path) -> None:
     with LabelIndex(index) as store, LabelIndex(DEMO_LABELS) as shipped:
         found = [store.calibration(each.latent) for each in store.search("is:calibrated", 1 << 20)]
         shipped.write_calibrations(one for one in found if one is not None)
-        shipped.compact()
 
 
 def main() -> None:
