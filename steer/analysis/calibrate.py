@@ -17,7 +17,7 @@ texts. Over a strength's replies:
     steerability   the effect on the neutral prompts at the sweet spot; 0 where no strength has an effect there
 
 Counting target tokens in steered replies and in others would be as true and far noisier: a few hundred tokens hold a
-target twice or never, and what other texts hold is mostly their own affair (docs/calibration.md compares the two).
+target twice or never, and what other texts hold is mostly their own affair.
 """
 
 from __future__ import annotations
@@ -245,8 +245,11 @@ def judge(trials: Sequence[Trial]) -> tuple[float | None, float | None, float]:
 def recall(index: LabelIndex, latent: int, how: dict[str, Any]) -> dict[str, Any] | None:
     """What `keep` wrote down of a latent that was calibrated exactly so, or None."""
     known = index.calibration(latent)
-    entry: dict[str, Any] = json.loads(known.data) if known else {}
-    return entry if entry.get("how") == how else None
+    try:
+        entry = json.loads(known.data) if known else None
+    except ValueError:  # the index is a file like any other
+        return None
+    return entry if isinstance(entry, dict) and entry.get("how") == how else None
 
 
 def keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str, Any]:
