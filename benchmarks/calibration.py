@@ -8,7 +8,7 @@
 `measure` and `compare` go on where they were stopped. The latents are the first six hits of the label search for each
 topic of `steering_topics.toml`, and live ones drawn by a fixed seed up to 250.
 
-Of the hits for a topic one is picked: the first by label match, the first by `sort:steer`, or any at random. Each pick
+Of the hits for a topic one is picked: the first by label match or the first by `sort:steer`. Each pick
 writes 50 replies (seeds 0 to 49, 60 tokens) to "Once upon a time", once at its own sweet spot and once at 0.4x, and the
 hit rate is the share of replies with a word of the topic. A latent without a sweet spot is pushed as far as perplexity
 allows, which is the bound of a sweet spot too. Nothing is chosen on these replies: not the words, the latents, the
@@ -44,8 +44,8 @@ HITS, LATENTS = 6, 250
 SEEDS, TOKENS = range(50), 60
 COMMON = 0.4
 """The one strength at which all picks are compared too, times the latent's max: `steering.py` takes it most often."""
-PICKS = ("label match", "steerability", "random hit")
-RUNS = [(PICKS[0], None), (PICKS[1], None), (PICKS[0], COMMON), (PICKS[1], COMMON), (PICKS[2], None)]
+PICKS = ("label match", "steerability")
+RUNS = [(name, strength) for strength in (None, COMMON) for name in PICKS]
 """Each pick with its strength; None is its own."""
 Entry = dict[str, Any]
 Topics = dict[str, list[str]]
@@ -66,7 +66,7 @@ def picks(index: LabelIndex, topic: str) -> dict[str, Feature]:
         return {}
     steerable = next(each for each in index.search(f"{topic} sort:steer", 1 << 20) if each.latent in hits)
     first, *_ = hits.values()
-    return dict(zip(PICKS, (first, steerable, random.Random(topic).choice(list(hits.values()))), strict=True))
+    return dict(zip(PICKS, (first, steerable), strict=True))
 
 
 def entry_of(index: LabelIndex, latent: int) -> Entry:
@@ -176,7 +176,7 @@ def tell_picks(store: LabelIndex, index: Path, topics: Topics) -> None:
             damage.append(reply["perplexity"] / base["perplexity"])
         less = {t: rate - rates[PICKS[0], strength][t] for t, rate in rates[name, strength].items()}
         shown = [told(mean_over([less[t] for t in some])) for some in (list(found), differ)]
-        shown = ["", ""] if name == PICKS[0] else [shown[0], shown[1] if name == PICKS[1] else ""]
+        shown = ["", ""] if name == PICKS[0] else shown
         rate = told(mean_over(list(rates[name, strength].values())))
         at = f"{strength}x" if strength else "its own"
         print(f"| {at} | {name} | {rate} | {shown[0]} | {shown[1]} | {median(damage):.2f} |")
@@ -198,7 +198,7 @@ def tell_sorted(index: Path, found: dict[str, dict[str, Feature]], rates: dict[s
     columns = "first 10 | first 20 | first 30 | all | rank correlation"
     print(f"\n| the {len(hits)} first hits, sorted by | {columns} |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, key in zip(PICKS, (match, steerability), strict=False):
+    for name, key in zip(PICKS, (match, steerability), strict=True):
         order = sorted(range(len(hits)), key=lambda place: -key[place])
         firsts = [f"{fmean(hits[place] for place in order[:n]):.1%}" for n in (10, 20, 30, len(order))]
         print(f"| {name} | {' | '.join(firsts)} | {ranks_agree(key, hits):.2f} |")
