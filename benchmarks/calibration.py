@@ -9,8 +9,8 @@
 topic of `steering_topics.toml`, and live ones drawn by a fixed seed up to 250.
 
 Of the hits for a topic one is picked: the first by label match or the first by `sort:steer`. Each pick
-writes 50 replies (seeds 0 to 49, 60 tokens) to "Once upon a time", once at its own sweet spot and once at 0.4x, and the
-hit rate is the share of replies with a word of the topic. A latent without a sweet spot is pushed as far as perplexity
+writes 50 replies (seeds 0 to 49, 60 tokens) to "Once upon a time" at its own sweet spot, and where the two differ at 0.4x
+too; the hit rate is the share of replies with a word of the topic. A latent without a sweet spot is pushed as far as perplexity
 allows, which is the bound of a sweet spot too. Nothing is chosen on these replies: not the words, the latents, the
 strengths or how steerability is defined. Intervals are of a bootstrap over topics.
 """
@@ -43,10 +43,8 @@ HERE = Path(__file__).parent
 HITS, LATENTS = 6, 250
 SEEDS, TOKENS = range(50), 60
 COMMON = 0.4
-"""The one strength at which all picks are compared too, times the latent's max: `steering.py` takes it most often."""
+"""The one strength at which picks are compared too, times the latent's max: `steering.py` takes it most often."""
 PICKS = ("label match", "steerability")
-RUNS = [(name, strength) for strength in (None, COMMON) for name in PICKS]
-"""Each pick with its strength; None is its own."""
 Entry = dict[str, Any]
 Topics = dict[str, list[str]]
 
@@ -67,6 +65,16 @@ def picks(index: LabelIndex, topic: str) -> dict[str, Feature]:
     steerable = next(each for each in index.search(f"{topic} sort:steer", 1 << 20) if each.latent in hits)
     first, *_ = hits.values()
     return dict(zip(PICKS, (first, steerable), strict=True))
+
+
+def find(index: LabelIndex, topics: Topics) -> dict[str, dict[str, Feature]]:
+    """The picks of every topic that has a hit."""
+    return {topic: one for topic in topics if (one := picks(index, topic))}
+
+
+def differing(found: dict[str, dict[str, Feature]]) -> list[str]:
+    """The topics whose picks are not the same latent."""
+    return [topic for topic, one in found.items() if len({feature.latent for feature in one.values()}) > 1]
 
 
 def entry_of(index: LabelIndex, latent: int) -> Entry:
@@ -131,9 +139,9 @@ def compare(index: Path, topics: Topics, threads: int) -> None:
     done = read_replies(index)
     wanted: list[tuple[int | None, float]] = [(None, 0.0)]
     with LabelIndex(index) as store:
-        found = [picks(store, topic) for topic in topics]
-        for name, strength in RUNS:
-            latents = [one[name].latent for one in found if one]
+        found = find(store, topics)
+        for strength, some in ((None, list(found)), (COMMON, differing(found))):
+            latents = [found[topic][name].latent for name in PICKS for topic in some]
             wanted += [(latent, strength or own_strength(entry_of(store, latent))) for latent in latents]
     left = [one for one in dict.fromkeys(wanted) if one not in done]
     engine = Engine.load(threads=threads)
@@ -159,27 +167,32 @@ def tell_picks(store: LabelIndex, index: Path, topics: Topics) -> None:
     """The table of picks, and how far steerability tells which first hits will steer."""
     replies = read_replies(index)
     base = replies[None, 0.0]
-    found = {topic: one for topic in topics if (one := picks(store, topic))}
-    differ = [topic for topic, one in found.items() if one[PICKS[0]].latent != one[PICKS[1]].latent]
-    print(f"\n{len(found)} topics with a hit; in {len(differ)} the two ways of sorting pick different ones\n")
-    print("| strength | pick | hit rate | less label match | the same where they differ | perplexity, times |")
-    print("|---|---|---:|---:|---:|---:|")
-    plain = {topic: hit_rate(base["texts"], topics[topic]) for topic in found}
-    print(f"| | no edit | {told(mean_over(list(plain.values())))} | | | 1.0 |")
+    found = find(store, topics)
+    differ = differing(found)
+    print(
+        "\n| topics | strength | pick | hit rate | less label match | perplexity, times |\n|---|---|---|---:|---:|---:|"
+    )
+    plain = [hit_rate(base["texts"], topics[topic]) for topic in found]
+    print(f"| all {len(found)} | | no edit | {told(mean_over(plain))} | | 1.00 |")
     rates: dict[tuple[str, float | None], dict[str, float]] = {}
-    for name, strength in RUNS:
-        rates[name, strength], damage = {}, []
-        for topic, one in found.items():
-            latent = one[name].latent
-            reply = replies[latent, strength or own_strength(entry_of(store, latent))]
-            rates[name, strength][topic] = hit_rate(reply["texts"], topics[topic])
-            damage.append(reply["perplexity"] / base["perplexity"])
-        less = {t: rate - rates[PICKS[0], strength][t] for t, rate in rates[name, strength].items()}
-        shown = [told(mean_over([less[t] for t in some])) for some in (list(found), differ)]
-        shown = ["", ""] if name == PICKS[0] else shown
-        rate = told(mean_over(list(rates[name, strength].values())))
-        at = f"{strength}x" if strength else "its own"
-        print(f"| {at} | {name} | {rate} | {shown[0]} | {shown[1]} | {median(damage):.2f} |")
+    for title, some, strength in (
+        (f"all {len(found)}", list(found), None),
+        (f"{len(differ)} with two picks", differ, COMMON),
+        (f"{len(differ)} with two picks", differ, None),
+    ):
+        for name in PICKS:
+            written = {
+                topic: replies[latent, strength or own_strength(entry_of(store, latent))]
+                for topic in some
+                for latent in [found[topic][name].latent]
+            }
+            own = {topic: hit_rate(one["texts"], topics[topic]) for topic, one in written.items()}
+            rates[name, strength] = rates.get((name, strength), {}) | own
+            less = mean_over([rate - rates[PICKS[0], strength][topic] for topic, rate in own.items()])
+            damage = median(one["perplexity"] / base["perplexity"] for one in written.values())
+            shown = "" if name == PICKS[0] else told(less)
+            at = f"{strength}x" if strength else "its own"
+            print(f"| {title} | {at} | {name} | {told(mean_over(list(own.values())))} | {shown} | {damage:.2f} |")
     for topic in differ:
         first, best = (found[topic][name] for name in PICKS[:2])
         each = [f"{rates[name, None][topic]:.0%}" for name in PICKS[:2]]
