@@ -8,11 +8,11 @@
 `measure` and `compare` go on where they were stopped. The latents are the first six hits of the label search for each
 topic of `steering_topics.toml`, and live ones drawn by a fixed seed up to 250.
 
-Of the hits for a topic one is picked: the first by label match or the first by `sort:steer`. Each pick
-writes 50 replies (seeds 0 to 49, 60 tokens) to "Once upon a time" at its own sweet spot, and where the two differ at 0.4x
-too; the hit rate is the share of replies with a word of the topic. A latent without a sweet spot is pushed as far as perplexity
-allows, which is the bound of a sweet spot too. Nothing is chosen on these replies: not the words, the latents, the
-strengths or how steerability is defined. Intervals are of a bootstrap over topics.
+Of the hits for a topic one is picked: the first by label match or the first by `sort:steer`. Each pick writes 50
+replies (seeds 0 to 49, 60 tokens) to "Once upon a time" at its own sweet spot, and where the two differ at 0.4x too;
+the hit rate is the share of replies with a word of the topic. A latent without a sweet spot is pushed as far as
+perplexity allows, which is the bound of a sweet spot too. Nothing is chosen on these replies: not the words, the
+latents, the strengths or how steerability is defined. Intervals are of a bootstrap over topics.
 """
 
 from __future__ import annotations
@@ -169,9 +169,8 @@ def tell_picks(store: LabelIndex, index: Path, topics: Topics) -> None:
     base = replies[None, 0.0]
     found = find(store, topics)
     differ = differing(found)
-    print(
-        "\n| topics | strength | pick | hit rate | less label match | perplexity, times |\n|---|---|---|---:|---:|---:|"
-    )
+    print("\n| topics | strength | pick | hit rate | less label match | perplexity, times |")
+    print("|---|---|---|---:|---:|---:|")
     plain = [hit_rate(base["texts"], topics[topic]) for topic in found]
     print(f"| all {len(found)} | | no edit | {told(mean_over(plain))} | | 1.00 |")
     rates: dict[tuple[str, float | None], dict[str, float]] = {}
