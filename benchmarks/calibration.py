@@ -30,6 +30,7 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.steering import mentions, write
 from labels.index import Feature, LabelIndex
@@ -37,13 +38,14 @@ from labels.query import parse
 from steer.analysis.calibrate import CLIFF_RATIO, SWEET_RATIO, Calibrator, keep, recall
 from steer.config import DEMO_LABELS
 from steer.engine import Engine
-from train.intervals import DocumentSums, Metric
+from train.intervals import RESAMPLES, DocumentSums, Metric
 
 HERE = Path(__file__).parent
 HITS, LATENTS = 6, 250
 SEEDS, TOKENS = range(50), 60
 COMMON = 0.4
 """The one strength at which picks are compared too, times the latent's max: `steering.py` takes it most often."""
+FIRST = (10, 20, 30)
 PICKS = ("label match", "steerability")
 Entry = dict[str, Any]
 Topics = dict[str, list[str]]
@@ -97,6 +99,23 @@ def mean_over(values: Sequence[float]) -> Metric:
     sums, N = DocumentSums(), len(values)
     sums.add(torch.arange(N), value=torch.tensor(values, dtype=torch.float64), one=torch.ones(N))
     return sums.metrics({"mean": lambda total: total["value"] / total["one"]}, seed=0)[0]
+
+
+def first_rate(hits: Tensor, key: Tensor, first: int) -> Tensor:
+    """The mean of the `first` of hits (..., N) sorted by falling key (..., N)."""
+    return hits.gather(-1, key.argsort(-1, descending=True, stable=True)[..., :first]).mean(-1)
+
+
+def more_first(hits: Sequence[float], better: Sequence[float], other: Sequence[float], first: int) -> Metric:
+    """How much more the `first` by one key have than those by another, with its 95% interval over topics drawn again."""
+    hits_N, better_N, other_N = (torch.tensor(each, dtype=torch.float64) for each in (hits, better, other))
+    drawn_RN = torch.randint(len(hits), (RESAMPLES, len(hits)), generator=torch.Generator().manual_seed(0))
+    drawn_RN = torch.cat([torch.arange(len(hits))[None], drawn_RN])
+    less_R = first_rate(hits_N[drawn_RN], better_N[drawn_RN], first) - first_rate(
+        hits_N[drawn_RN], other_N[drawn_RN], first
+    )
+    low, high = torch.quantile(less_R[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Metric(f"first {first}", float(less_R[0]), low, high)
 
 
 def ranks_agree(a: Sequence[float], b: Sequence[float]) -> float:
@@ -207,13 +226,14 @@ def tell_sorted(index: Path, found: dict[str, dict[str, Feature]], rates: dict[s
         match = [db.execute(sql, (parse(t).match, one[PICKS[0]].latent)).fetchone()[0] for t, one in found.items()]
     steerability = [one[PICKS[0]].steerability or 0.0 for one in found.values()]
     hits = list(rates.values())
-    columns = "first 10 | first 20 | first 30 | all | rank correlation"
-    print(f"\n| the {len(hits)} first hits, sorted by | {columns} |")
-    print("|---|---:|---:|---:|---:|---:|")
+    title = f"the {len(hits)} first hits, sorted by"
+    print(f"\n| {title} | {' | '.join(f'first {n}' for n in FIRST)} | all | rank correlation |")
+    print(f"|---|{'---:|' * (len(FIRST) + 2)}")
     for name, key in zip(PICKS, (match, steerability), strict=True):
-        order = sorted(range(len(hits)), key=lambda place: -key[place])
-        firsts = [f"{fmean(hits[place] for place in order[:n]):.1%}" for n in (10, 20, 30, len(order))]
-        print(f"| {name} | {' | '.join(firsts)} | {ranks_agree(key, hits):.2f} |")
+        rated = [float(first_rate(torch.tensor(hits), torch.tensor(key), n)) for n in (*FIRST, len(hits))]
+        print(f"| {name} | {' | '.join(f'{rate:.1%}' for rate in rated)} | {ranks_agree(key, hits):.2f} |")
+    more = [told(more_first(hits, steerability, match, n)) for n in FIRST]
+    print(f"| steerability less label match | {' | '.join(more)} | | |")
 
 
 def tell_latents(store: LabelIndex) -> None:
@@ -231,7 +251,8 @@ def tell_latents(store: LabelIndex) -> None:
     for each in [*features[:12], *features[-4:]]:
         entry = entry_of(store, each.latent)
         [trial] = [trial for trial in entry["trials"] if trial["strength"] == (each.sweet or 0.0)]
-        targets = ", ".join(f"`{target.strip()}`" for target in entry["targets"][:5]).replace("|", "\\|")
+        words_first = sorted(entry["targets"], key=lambda target: not target.startswith(" "))
+        targets = ", ".join(f"`{target.strip()}`" for target in words_first[:5]).replace("|", "\\|")
         spots = [f"{spot:g}x" if spot else "none" for spot in (each.sweet, each.cliff)]
         label = each.label.replace("|", "\\|")
         figures = f"{' | '.join(spots)} | {each.steerability:.2f} | {trial['ratio']:.2f}"
@@ -262,7 +283,7 @@ def draw(store: LabelIndex, file: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="perplexity under the unsteered model, times the baseline's")
-    axis.set(ylabel="effect: target tokens more in 100")
+    axis.set(ylabel="effect: target tokens more in 100 (from 0.01 on)")
     axis.set(title=f"{len(entries)} latents of the demo, 0.1x to 2x of their max")
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)

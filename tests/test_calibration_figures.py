@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.calibration import candidates, mean_over, own_strength, picks, ranks_agree
+from benchmarks.calibration import candidates, mean_over, more_first, own_strength, picks, ranks_agree
 from labels.index import Calibration, Label, LabelIndex
 
 
@@ -46,3 +46,10 @@ def test_means_and_ranks() -> None:
     assert mean.value == 0.5 and 0.35 < mean.low < 0.45 and 0.55 < mean.high < 0.65
     assert ranks_agree([1, 2, 3, 4], [2, 4, 6, 9]) == pytest.approx(1)
     assert ranks_agree([1, 2, 2, 3], [3, 2, 2, 1]) == pytest.approx(-1)
+
+
+def test_a_list_sorted_by_what_it_is_judged_by_comes_out_ahead() -> None:
+    hits = [place / 40 for place in range(40)]
+    more = more_first(hits, hits, hits[::-1], 10)
+    assert more.value == pytest.approx(0.75) and 0.5 < more.low < 0.75 < more.high
+    assert more_first(hits, hits, hits, 10).high == 0
