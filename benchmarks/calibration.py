@@ -103,11 +103,11 @@ def mean_over(values: Sequence[float]) -> Metric:
 
 def first_rate(hits: Tensor, key: Tensor, first: int) -> Tensor:
     """The mean of the `first` of hits (..., N) sorted by falling key (..., N)."""
-    return hits.gather(-1, key.argsort(-1, descending=True, stable=True)[..., :first]).mean(-1)
+    return hits.gather(-1, key.argsort(dim=-1, descending=True, stable=True)[..., :first]).mean(-1)
 
 
 def more_first(hits: Sequence[float], better: Sequence[float], other: Sequence[float], first: int) -> Metric:
-    """How much more the `first` by one key have than those by another, with its 95% interval over topics drawn again."""
+    """How much more the `first` by one key have than those by another, with its 95% interval over topics."""
     hits_N, better_N, other_N = (torch.tensor(each, dtype=torch.float64) for each in (hits, better, other))
     drawn_RN = torch.randint(len(hits), (RESAMPLES, len(hits)), generator=torch.Generator().manual_seed(0))
     drawn_RN = torch.cat([torch.arange(len(hits))[None], drawn_RN])
