@@ -124,12 +124,12 @@ def _show(latent: int, label: str, entry: dict[str, Any]) -> None:
     print(f"{latent}  {clean_line(label)}")
     print("  strength     raw   effect   near   log p   perplexity   times   repeats     KL")
     for trial in entry["trials"]:
-        near = "      " if trial["effect_near"] is None else f"{trial['effect_near']:6.1f}"
+        near = "      " if trial["effect_near"] is None else f"{trial['effect_near']:6.2f}"
         marks = [name for name in ("sweet", "cliff") if trial["strength"] == entry[name]]
         print(
-            f"  {trial['strength']:7.2f}x {trial['raw']:7.1f} {trial['effect']:8.1f} {near} {trial['logprob']:7.2f}"
+            f"  {trial['strength']:7.2f}x {trial['raw']:7.1f} {trial['effect']:8.2f} {near} {trial['logprob']:7.2f}"
             f" {trial['perplexity']:12.1f} {trial['ratio']:7.1f} {trial['repeats']:9.0%} {trial['kl']:6.2f}"
             f"  {' '.join(marks)}".rstrip()
         )
     spots = [f"{name} {'none' if entry[name] is None else f'{entry[name]:g}x'}" for name in ("sweet", "cliff")]
-    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.1f} target tokens in 100 more than without\n")
+    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.2f} target tokens in 100 more than without\n")

@@ -93,7 +93,7 @@ def test_the_command_keeps_what_it_measured_and_goes_on(
     )
     assert main(["calibrate", str(BOOK), "--json", *options]) == 0
     assert capsys.readouterr().out == first
-    assert main(["features", "search", "is:calibrated sort:steer", "--json"]) == 0
+    assert main(["features", "search", "is:calibrated sort:steer", "--limit", "4096", "--json"]) == 0
     found = [json.loads(line)["latent"] for line in capsys.readouterr().out.splitlines()]
     assert BOOK in found
     assert main(["calibrate", "9999999"]) == 1
