@@ -3,7 +3,7 @@
     python -m benchmarks.calibration measure INDEX     # calibrate 250 latents, into a copy of the demo's index
     python -m benchmarks.calibration compare INDEX     # replies with the picks of each topic, into INDEX.replies.jsonl
     python -m benchmarks.calibration tables INDEX --picture docs/calibration.png
-    python -m benchmarks.calibration ship INDEX        # the calibrations into the index that ships
+    python -m benchmarks.calibration ship INDEX        # put the calibrations into the index that ships
 
 `measure` and `compare` go on where they were stopped. The latents are the first six hits of the label search for each
 topic of `steering_topics.toml`, and live ones drawn by a fixed seed up to 250.
@@ -132,6 +132,8 @@ def measure(index: Path, topics: Topics, threads: int) -> None:
     """Calibrates every candidate that is not in the index yet."""
     if not index.exists():
         shutil.copyfile(DEMO_LABELS, index)
+        with sqlite3.connect(index) as db:
+            db.execute("DELETE FROM calibrations")  # what ships was made so before
     calibrator = Calibrator(Engine.load(threads=threads))
     how = calibrator.how
     with LabelIndex(index) as store:
