@@ -18,7 +18,7 @@ from train.sweep import parse_sweep
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale")),
+    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale", "calibration")),
     *(f"docs/{name}.md" for name in ("steering", "steering-recipes", "why", "doctor", "contrast", "batch")),
 )
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
