@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from steer.cli import (
 )
 from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
+from steer.events import clean
 
 __all__ = ["app", "main"]
 
@@ -57,14 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     gc.set_threshold(50_000, 20, 50)  # torch's import leaves a million objects: looking through them took a sixth of it
+    closed = _open_streams()
     if is_main():
-        return _main(arguments)
+        return _main(arguments, closed)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         return _main(arguments)
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _open_streams() -> bool:
+    """Whether stdout was closed (`>&-`). Python has None for a closed stream, and print would take stdout for stderr."""
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest free descriptor: its own
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
+    return closed
+
+
+def _main(arguments: Sequence[str], closed: bool = False) -> int:
     try:
+        if closed:
+            raise SteerError("stdout is closed, so there is nowhere to write to", "send it to a file or a pipe")
         if world() > 1:
             _check_shared(arguments)
         code = app(list(arguments), prog_name="steer", standalone_mode=False)
@@ -82,7 +96,7 @@ def _main(arguments: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except typer.TyperException as error:
-        message = error.format_message()
+        message = _plainly(error)
         context = getattr(error, "ctx", None)
         hint = f"\n\nhint: `{context.command_path} --help` lists what it takes" if context else ""
         print(f"error: {message.rstrip('.')}{hint}", file=sys.stderr)
@@ -102,6 +116,18 @@ def _main(arguments: Sequence[str]) -> int:
         hint = "a smaller model, SAE or batch, fewer tokens, `--dtype bfloat16` or `--quantize int8` needs less"
         print(render(SteerError(f"the memory does not suffice: {why}", hint)), file=sys.stderr)
         return ExitCode.MISTAKE
+
+
+def _plainly(error: typer.TyperException) -> str:
+    """What typer says of wrong usage, in our words where pydantic speaks: the value, and what it should be."""
+    message, told = error.format_message(), getattr(error.__cause__, "errors", None)
+    if told is None:
+        return message
+    (entry,) = told()
+    kinds = {"int_parsing": "is no whole number", "int_from_float": "is no whole number", "float_parsing": "is no number"}
+    why = entry["msg"].replace("Input should", "should")
+    why = kinds.get(entry["type"]) or re.sub("^Value error, .* is not one of ", "is none of ", why)
+    return f"{message.partition(': ')[0]}: `{clean(str(entry['input']))}` {why}"
 
 
 def _check_shared(arguments: Sequence[str]) -> None:

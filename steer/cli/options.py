@@ -152,7 +152,7 @@ def given_text(text: str | None, what: str) -> str:
             raise typer.BadParameter(f"give {what}, or pipe it in")
         text = _read_once() if world() > 1 else sys.stdin.read()
     if not text.strip():
-        raise SteerError(f"there is no {what}: the input is empty")
+        raise SteerError(f"there is no {what}: the input is empty", f"type the {what} after the command, or pipe it in")
     return text
 
 

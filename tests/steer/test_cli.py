@@ -33,7 +33,7 @@ Steer = Callable[..., Ran]
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: fake)
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: fake)
     return fake
 
 
@@ -157,7 +157,9 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["complete"], 1, "the input is empty"),
         (["complete", "hi", "--temperature", "nan"], 1, "temperature is nan"),
         (["complete", "hi", "--seed", "-1"], 1, "the seed is -1"),
-        (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed'"),
+        (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed': `x` is no whole number"),
+        (["complete", "hi", "--error", "x"], 2, "Invalid value for '--error': `x` is none of 'keep', 'drop'"),
+        (["batch", "a", "b", "--batch-size", "0"], 2, "`0` should be greater than or equal to 1"),
         (["complete", "hi", "--max-tokens", "99999999"], 1, "this model holds 64"),
         (["complete", "hi", "--max-tokens", "0"], 1, "most tokens of a reply is 0"),
         (["complete", "hi", "--edit", "99 +1"], 1, "no latent 99"),
@@ -201,7 +203,7 @@ def test_a_mistake_is_one_sentence(arguments: list[str], code: int, why: str, st
 
 
 def test_without_an_sae_an_edit_is_a_mistake(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: FakeEngine(hook=None))
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: FakeEngine(hook=None))
     assert steer("complete", "hi").code == 0
     assert "no SAE" in steer("complete", "hi", "--edit", "1 +1").err
     assert "no SAE" in steer("inspect", "hi").err
@@ -314,7 +316,7 @@ def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.Monkey
 
 
 def test_an_interruption_has_its_code(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(settings: object) -> None:
+    def interrupt(settings: object, many: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("steer.cli.engines.load_engine", interrupt)
@@ -361,9 +363,27 @@ def test_plain_chat_goes_on_after_a_file_that_cannot_be_written(steer: Steer, en
 
 
 def test_too_little_memory_is_one_sentence(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(settings: object) -> None:
+    def load(settings: object, many: bool) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
     monkeypatch.setattr("steer.cli.engines.load_engine", load)
     ran = steer("complete", "hi")
     assert ran.code == 1 and ran.err.startswith("error: the memory does not suffice: CUDA out") and "hint: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ("complete <&-", "there is no prompt: the input is empty"),
+        ("chat --plain <&-", "there is no message: the input is empty"),
+        ("complete hi >&-", "stdout is closed"),
+        ("chat --plain >&-", "stdout is closed"),
+        ("features search '' --limit 0 >&- 2>&-", ""),
+    ],
+)
+def test_a_closed_stream_is_one_sentence(call: str, why: str, tmp_path: Path) -> None:
+    environment = os.environ | {"STEER_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    ran = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m steer {call}"], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 1 and why in ran.stderr and "Traceback" not in ran.stderr and not ran.stdout

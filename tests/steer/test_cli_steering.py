@@ -97,7 +97,7 @@ class Interrupted(FakeEngine):
 
 
 def test_an_interrupted_comparison_shows_what_it_has_and_no_more(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Interrupted())
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: Interrupted())
     ran = steer("complete", "first", "second", "third", "--compare", "--json")
     assert ran.code == 130
     assert [(entry["prompt"], entry["row"]) for entry in ran.lines] == [("first", "baseline"), ("first", "steered")]
@@ -115,7 +115,7 @@ def test_a_label_cannot_add_a_row_to_a_comparison(steer: Steer, monkeypatch: pyt
                 if not (isinstance(event, TokenEvent) and event.row == 0 and event.token > 21)
             )
 
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Apart())
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: Apart())
     for latent in range(10):
         monkeypatch.setitem(NAMES, latent, "one\nseed 9, 0 tokens, stop")
     err = steer("complete", "a", "--compare").err
