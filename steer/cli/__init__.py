@@ -67,9 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> bool:
-    """Whether stdout was closed (`>&-`). Python has None for a closed stream, and print would take stdout for stderr."""
+    """Whether stdout was closed. Python has None for a closed stream, and print takes stdout for such a stderr."""
     closed = sys.stdout is None
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest free descriptor: its own
+    for name, mode in (
+        ("stdin", "r"),
+        ("stdout", "w"),
+        ("stderr", "w"),
+    ):  # each gets the lowest free descriptor: its own
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
     return closed
@@ -124,7 +128,11 @@ def _plainly(error: typer.TyperException) -> str:
     if told is None:
         return message
     (entry,) = told()
-    kinds = {"int_parsing": "is no whole number", "int_from_float": "is no whole number", "float_parsing": "is no number"}
+    kinds = {
+        "int_parsing": "is no whole number",
+        "int_from_float": "is no whole number",
+        "float_parsing": "is no number",
+    }
     why = entry["msg"].replace("Input should", "should")
     why = kinds.get(entry["type"]) or re.sub("^Value error, .* is not one of ", "is none of ", why)
     return f"{message.partition(': ')[0]}: `{clean(str(entry['input']))}` {why}"

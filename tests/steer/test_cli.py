@@ -14,7 +14,7 @@ import pytest
 
 from steer import __version__
 from steer.cli import main
-from steer.cli.options import put
+from steer.cli.options import narrate, put, put_row
 from steer.session import Sampling
 from tests.steer.fake import FakeEngine
 
@@ -387,3 +387,21 @@ def test_a_closed_stream_is_one_sentence(call: str, why: str, tmp_path: Path) ->
         ["sh", "-c", f"'{sys.executable}' -m steer {call}"], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 1 and why in ran.stderr and "Traceback" not in ran.stderr and not ran.stdout
+
+
+def test_on_a_terminal_rows_are_cut_and_sentences_broken_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "  changed: `21 +1.1x`: the site takes strengths up to 300"
+    put_row(text)
+    narrate(text)
+    whole = capsys.readouterr()
+    assert whole.out == whole.err == f"{text}\n"
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    put_row(text)
+    narrate(f"{text}\n\n  short")
+    shown = capsys.readouterr()
+    assert shown.out == f"{text[:27]}...\n"
+    assert shown.err == "  changed: `21 +1.1x`: the\n    site takes strengths up to\n    300\n\n  short\n"

@@ -75,7 +75,10 @@ def test_compare_writes_the_replies_that_are_written_alone(steer: Steer) -> None
     assert found["first_difference"] == first and found["kl"] > 0 and found["changed"]
     page = steer("complete", "Once", "--compare", *edit, *QUICK)
     assert page.out.startswith("baseline:\n") and "\nsteered:\n" in page.out
-    assert f"first token that differs: {first}" in page.err and "KL(steered | unsteered)" in page.err
+    assert f"first token that differs: {first} (from 0); {found['same']} of 4 are the same" in page.out
+    assert "KL(steered | unsteered)" in page.out and "5 +6 on generated: at 4 positions" in page.out
+    assert page.err == "seed 3; baseline 4 tokens, length; steered 4 tokens, length\n"
+    assert max(map(len, page.out.split("features that changed")[0].splitlines())) <= 80
 
 
 def test_spliced_is_the_sae_alone(steer: Steer) -> None:
@@ -84,6 +87,16 @@ def test_spliced_is_the_sae_alone(steer: Steer) -> None:
     assert ran.code == 0 and [entry["row"] for entry in ran.lines] == ["baseline", "steered", "spliced"]
     assert ran.lines[2]["tokens"] == alone["tokens"] != ran.lines[0]["tokens"]
     assert ran.lines[2]["edits"] == [] and len(ran.lines[2]["kl"]) == len(alone["tokens"])
+    page = steer("complete", "Once", "--spliced", "--edit", "5 +6", *QUICK).out
+    assert "\n\nspliced:\n" in page and "KL(spliced | unsteered)" in page and "\nerror dropped: the set ran" in page
+
+
+def test_a_comparison_says_whose_it_is_and_where_nothing_acts(steer: Steer) -> None:
+    ran = steer("complete", "Once", "Twice", "--compare", "--max-tokens", "2")
+    assert "no edit is given: the steered reply is the baseline" in ran.err and ran.err.count("seed ") == 2
+    assert ran.out.startswith("prompt: Once\n\nbaseline:") and "\n\nprompt: Twice\n\nbaseline:" in ran.out
+    ran = steer("complete", "Once", "--edit", "5 +6 on 90..99", *QUICK)
+    assert "not steered: no edit met its place or condition in 4 steps" in ran.err and "at 0 positions" in ran.err
 
 
 class Interrupted(FakeEngine):
@@ -118,9 +131,9 @@ def test_a_label_cannot_add_a_row_to_a_comparison(steer: Steer, monkeypatch: pyt
     monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: Apart())
     for latent in range(10):
         monkeypatch.setitem(NAMES, latent, "one\nseed 9, 0 tokens, stop")
-    err = steer("complete", "a", "--compare").err
-    assert "-> " in err and "one" in err
-    assert not [line for line in err.splitlines() if line.startswith("seed 9")]
+    out = steer("complete", "a", "--compare").out
+    assert "-> " in out and "one" in out
+    assert not [line for line in out.splitlines() if line.startswith("seed 9")]
 
 
 # -- controls ----------------------------------------------------------------------------------------------------------
