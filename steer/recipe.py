@@ -272,7 +272,7 @@ def _line(data: Table, number: int) -> Line:
     muted = _typed(data.pop("muted", False), bool, f"`muted` of {where}")
     written = _typed(data.pop("edit", ""), str, f"`edit` of {where}")
     if not written:
-        raise SteerError(f"{where} does not say `edit`", 'write `edit = "21863 +1.1x"`')
+        raise SteerError(f"{where} does not say `edit`", 'write `edit = "2229 +0.4x"`')
     return _build(Line, data, where, edit=replace(Edit.parse(written), muted=muted))
 
 
