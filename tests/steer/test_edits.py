@@ -120,7 +120,7 @@ def test_a_mistake_is_named(text: str, why: str) -> None:
     [
         ("klamp 2229 0", "`klamp` is no latent", "did you mean `clamp`?"),
         ("book +0.4x", "`book` is no latent", "`steer features search book`"),
-        ("2229+1x", "`2229+1x` is no latent", "a space stands before its strength"),
+        ("2229+1x", r"`2229\+1x` is no latent", "a space stands before its strength"),
         ("+1x 5", r"`\+1x` is no latent", "its strength comes after it"),
         ("5 1 on 9..4", r"`5 \+1 on 9..4` .* its first position is after its last", "write `on 4..9`"),
         ("5 1 on nowhere", "`nowhere` is no place", "all, all+special, prompt, generated, assistant, last and ranges"),
