@@ -33,6 +33,8 @@ FORMAT, VERSION = "steer-recipe", 1
 LARGEST = 1 << 20
 """Bytes; a recipe of a thousand edits has a tenth of it."""
 
+_OTHERS = "`steer recipe import` makes a recipe of what other tools wrote"
+
 Table = dict[str, Any]
 T = TypeVar("T")
 
@@ -172,9 +174,9 @@ class Recipe:
         try:
             data = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
-            raise SteerError(f"it is no TOML: {sentence(error)}") from error
+            raise SteerError(f"it is no TOML: {sentence(error)}", _OTHERS) from error
         if data.pop("format", None) != FORMAT:
-            raise SteerError(f'it does not say `format = "{FORMAT}"`', "`steer recipe import` reads what others wrote")
+            raise SteerError(f'it does not say `format = "{FORMAT}"`', _OTHERS)
         version = data.pop("version", None)
         if type(version) is not int or not 1 <= version <= VERSION:
             raise SteerError(f"its version is {_shown(version)}, this steer reads up to {VERSION}", "update steer")
