@@ -163,4 +163,4 @@ def _show(latent: int, label: str, entry: dict[str, Any]) -> None:
             f"  {' '.join(marks)}".rstrip()
         )
     spots = [f"{name} {'none' if entry[name] is None else f'{entry[name]:g}x'}" for name in ("sweet", "cliff")]
-    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.1f} target tokens in 100 more than without\n")
+    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.2f} target tokens in 100 more than without\n")

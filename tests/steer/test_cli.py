@@ -244,7 +244,7 @@ def test_inspect_html_escapes_every_text(steer: Steer, engine: FakeEngine, tmp_p
 
 @pytest.mark.parametrize(
     ("found", "told"),
-    [((0.4, 1.5, 31.25), "steer 31.2 at 0.4x, cliff 1.5x"), ((None, None, 0.0), "steer 0.0")],
+    [((0.4, 1.5, 31.25), "steer 31.25 at 0.4x, cliff 1.5x"), ((None, None, 0.0), "steer 0.00")],
 )
 def test_features_say_how_they_steer_where_that_was_measured(
     found: tuple[float | None, float | None, float],
@@ -272,6 +272,9 @@ def test_features_are_found_and_shown(steer: Steer, engine: FakeEngine) -> None:
     assert "\x1b" not in steer("features", "search", "red").out
     nothing = steer("features", "search", "zebra")
     assert (nothing.code, nothing.out) == (0, "") and "no feature matches" in nothing.err
+    for query in ("steer:>2", "red sort:steer"):
+        assert "nothing is calibrated yet: `steer calibrate" in steer("features", "search", query).err
+    assert "`steer:>2`" in steer("features", "search", "--help").out
 
 
 def test_plain_chat_answers_lines_and_runs_commands(steer: Steer, engine: FakeEngine) -> None:
