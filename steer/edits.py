@@ -49,6 +49,9 @@ FORMULAS: dict[Kind, str] = {
 }
 """What each kind adds to the residual stream x; d is the latent's decoder direction, a its activation."""
 
+LOUD = 60
+"""Percent of the median residual norm above which, all edits together, text tends to fall apart."""
+
 GRAMMAR = "[KIND] LATENT [VALUE] [if on] [when OTHER > X] [on PLACE] [for N tokens] [ramp N] [decay N] [at HOOK]"
 _SUFFIX: dict[Unit, str] = {"raw": "", "max": "x", "norm": "%"}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(x|%)?", re.ASCII)

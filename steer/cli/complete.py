@@ -96,8 +96,7 @@ def complete(
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
     many = beside or spliced or len(texts) > 1
     engine = engines.make_engine(settings, chat=chat, recipe=recipe, many=many)
-    for one in steering.live:
-        engine.check(one)
+    engines.check_edits(engine, steering)
     context = engine.info.context
     limit = (
         min(DEFAULT_TOKENS, context) if settings.max_tokens is None else check_max_tokens(settings.max_tokens, context)

@@ -1,5 +1,6 @@
 """`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae` as they are typed, on a tiny model."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from steer.analysis.controls import CONDITIONS
 from steer.analysis.likelihood import Text
 from steer.cli import main
 from steer.events import Event, TokenEvent
+from steer.session import Readout
 from tests.steer.fake import NAMES, FakeEngine
 from tests.steer.test_engine import tiny_sae
 from tests.tiny import write_tiny_checkpoint
@@ -77,7 +79,7 @@ def test_compare_writes_the_replies_that_are_written_alone(steer: Steer) -> None
     assert page.out.startswith("baseline:\n") and "\nsteered:\n" in page.out
     assert f"first token that differs: {first} (from 0); {found['same']} of 4 are the same" in page.out
     assert "KL(steered | unsteered)" in page.out and "5 +6 on generated: at 4 positions" in page.out
-    assert page.err == "seed 3; baseline 4 tokens, length; steered 4 tokens, length\n"
+    assert page.err.endswith("\nseed 3; baseline 4 tokens, length; steered 4 tokens, length\n")
     assert max(map(len, page.out.split("features that changed")[0].splitlines())) <= 80
 
 
@@ -194,3 +196,13 @@ def test_a_wrong_sae_steers_only_when_it_is_trusted(steer: Steer, monkeypatch: p
     trusted = steer(*call, "--trust-sae")
     assert trusted.code == 0 and trusted.lines[0]["report"]["steered"] and "does not fit this model" in trusted.err
     assert steer("complete", "Once", *QUICK).code == 0  # it may be looked at
+
+
+def test_a_strength_at_which_text_falls_apart_is_said(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "readout", lambda self, edit: Readout(1.0, None, edit.strength and -31.0))
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: FakeEngine())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi"))
+    two = ("--edit", "3 -1", "--edit", "4 +1", "--edit", "ablate 5")
+    for call in (("complete", "Once"), ("chat", "--plain")):
+        assert "the strengths come to 62% of |x|, the residual norm: over 60%" in steer(*call, *two).err
+    assert "fall apart" not in steer("complete", "Once", "--edit", "3 -1").err
