@@ -230,7 +230,7 @@ def _show(row: Row, engine: EngineLike, steering: SteeringSet, wanted: Wanted, *
 
 def _end(row: Row) -> str:
     """How long a reply is, and why it ends."""
-    return ", ".join(filter(None, (counted(len(row.events), "token"), row.finished and row.finished.finish)))
+    return counted(len(row.events), "token") + (f", {row.finished.finish}" if row.finished else "")
 
 
 def _entry(row: Row, engine: EngineLike, steering: SteeringSet, hits: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def save(
             given["max_tokens"] = min(DEFAULT_TOKENS, engine.info.context)
     if not steering.edits and session is not None:
         raise SteerError(
-            f"session {clean(talk.name)} has no edits", "steer in it and save it, or give `--edit` as well"
+            f"session {clean(talk.name or session)} has no edits", "steer in it and save it, or give `--edit` as well"
         )
     if not steering.edits:
         raise SteerError("there is nothing to save: no edit is given", "give `--edit` or `--session`")

@@ -215,6 +215,7 @@ def test_inspect_json_has_a_line_for_each_token(steer: Steer, engine: FakeEngine
     assert ran.lines[0]["hits"] == []
     assert ran.lines[1]["hits"][0] == {"latent": 1, "activation": 2.33333, "label": "\x1b[31mred</script>"}
     assert len(steer("inspect", "a bb", "--json", "--top", "1").lines[1]["hits"]) == 1
+    assert "'a'                      1     2.33  " in steer("inspect", "a bb").out  # room for 4011 and 297.23
     assert steer("inspect", "-", "--json", stdin="a bb").lines == ran.lines
 
 
