@@ -302,6 +302,6 @@ def comparison_lines(found: Comparison, engine: EngineLike, name: str, both: int
         lines.append("features that changed most, by mean activation:")
     names = engine.labels([change.latent for change in found.changed])
     for one in found.changed:
-        means = f"{one.difference:+8.2f}  {one.baseline:.2f} -> {one.steered:.2f}"
+        means = f"{one.difference:>+8.2f}  {one.baseline:>7.2f} -> {one.steered:>6.2f}"
         lines.append(f"  {one.latent:>6} {means}  {clean_line(names.get(one.latent, ''))}".rstrip())
     return lines
