@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import typer
 from llama_3.ranks import is_main, world
 from steer.cli.options import app, narrate
 from steer.errors import EXPLAINED, ExitCode, SteerError, render
+from steer.events import clean
 
 COMMANDS = (
     "chat", "complete", "batch", "inspect", "why", "patch", "features", "calibrate", "controls", "recipe",
@@ -44,17 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Only a bug, or `--debug`, prints a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     gc.set_threshold(50_000, 20, 50)  # to look through what torch's import leaves takes 0.4 s, a quarter at the end
+    closed = _open_streams()
     try:
         if is_main():
-            return _main(arguments)
+            return _main(arguments, closed)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return _main(arguments)
+            return _main(arguments, closed)
     finally:
         gc.freeze()
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _open_streams() -> bool:
+    """Whether stdout was closed. Python has None for a closed stream, and print takes stdout for such a stderr."""
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest descriptor: its own
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
+    return closed
+
+
+def _main(arguments: Sequence[str], closed: bool = False) -> int:
     try:
+        if closed:
+            raise SteerError("stdout is closed, so there is nowhere to write to", "send it to a file or a pipe")
         if world() > 1:
             _check_shared(arguments)
         register(next(iter(arguments), None))
@@ -73,7 +87,7 @@ def _main(arguments: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except typer.TyperException as error:
-        message = error.format_message()
+        message = _plainly(error)
         context = getattr(error, "ctx", None)
         hint = f"\n\nhint: `{context.command_path} --help` lists what it takes" if context else ""
         print(f"error: {message.rstrip('.')}{hint}", file=sys.stderr)
@@ -93,6 +107,22 @@ def _main(arguments: Sequence[str]) -> int:
         hint = "a smaller model, SAE or batch, fewer tokens, `--dtype bfloat16` or `--quantize int8` needs less"
         print(render(SteerError(f"the memory does not suffice: {why}", hint)), file=sys.stderr)
         return ExitCode.MISTAKE
+
+
+def _plainly(error: typer.TyperException) -> str:
+    """What typer says of wrong usage, in our words where pydantic speaks: the value, and what it should be."""
+    message, told = error.format_message(), getattr(error.__cause__, "errors", None)
+    if told is None:
+        return message
+    (entry,) = told()
+    kinds = {
+        "int_parsing": "is no whole number",
+        "int_from_float": "is no whole number",
+        "float_parsing": "is no number",
+    }
+    why = entry["msg"].replace("Input should", "should")
+    why = kinds.get(entry["type"]) or re.sub("^Value error, .* is not one of ", "is none of ", why)
+    return f"{message.partition(': ')[0]}: `{clean(str(entry['input']))}` {why}"
 
 
 def _check_shared(arguments: Sequence[str]) -> None:
