@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.text import Text
 
 from steer.commands import COMMANDS
-from steer.events import PromptRead, TokenEvent
+from steer.events import PromptRead, Report, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
 
@@ -78,19 +79,32 @@ def reply_status(reply: Reply) -> str:
     if reply.finished is None:
         return "  ".join(["writing...", *([count] if reply.events else []), *watched])
     report = reply.finished.report
-    # An edit whose strength was moved while the reply was written is in the report once for each strength.
-    names = {_EDITED.match(edit.text) for edit in report.edits if edit.positions > 0}
-    acted = len({name[0] for name in names if name})
+    acted = edits_acted(report)
     what = [*([f"{acted} edit{'s' * (acted != 1)}"] if acted else []), *(["error dropped"] if report.dropped else [])]
     parts = [", ".join(["steered", *what])] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")
-    parts.append(count)
+    parts += [count, *watched]
     if reply.finished.tokens_per_second:
         parts.append(f"{reply.finished.tokens_per_second:.0f} tok/s")
-    parts += watched
     ends = {"cancelled": "stopped", "length": "cut off at the limit", "stop": ""}
     return "  ".join(part for part in (*parts, ends[reply.finished.finish]) if part)
+
+
+def edits_acted(report: Report) -> int:
+    """How many edits acted. One whose strength was moved while the reply was written stands in the report once for each
+    strength and counts once; two of one latent that were in one set are two."""
+    acted = {edit.text for edit in report.edits if edit.positions > 0}
+    most = Counter({_name(text): 1 for text in acted})
+    for carried in report.carried:
+        most |= Counter(_name(text) for text in carried.edits if text in acted)
+    return most.total()
+
+
+def _name(text: str) -> str:
+    match = _EDITED.match(text)
+    assert match is not None, "it matches anything"
+    return match[0]
 
 
 def dropped(prompt: PromptRead) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 from textual.events import Paste
 
 from steer.edits import Edit, SteeringSet
-from steer.events import CONTROL, EditReport, Finished, Report
+from steer.events import CONTROL, Carried, EditReport, Finished, Report
 from steer.store import Store
 from steer.tui.dialogs import Confirm
+from steer.tui.status import edits_acted
 from tests.tui.conftest import Driver, Running, session_of, until_held
 from tests.tui.fake_engine import BOOM, CONTEXT, HOLD, SPLIT, FakeEngine
 
@@ -47,6 +48,22 @@ async def test_the_header_says_steered_from_the_report_alone(running: Running) -
     async with running(FakeEngine("a b")) as driver:
         await driver.send("hello")
         assert "steered" not in driver.app.chat.transcript.sections[1].title
+
+
+def test_edits_of_one_latent_are_counted_each_and_one_that_was_moved_once() -> None:
+    def acted(*sets: str, nowhere: str = "") -> int:
+        texts = {text for one in sets for text in one.split(", ")}
+        edits = tuple(EditReport(text, 0 if text == nowhere else 9, 0.0, 1.0) for text in texts)
+        return edits_acted(
+            Report(3, 3, edits, carried=tuple(Carried(n, tuple(s.split(", "))) for n, s in enumerate(sets)))
+        )
+
+    assert acted("7 +1x, 7 +3x") == 2
+    assert acted("7 +1x", "7 +2x", "7 +3x") == 1
+    assert acted("7 +1x, 7 +3x", "7 +1.1x, 7 +3x", "7 +3x") == 2
+    assert acted("7 +1x", "8 +1x") == 2
+    assert acted("7 +1x, 7 +3x", nowhere="7 +3x") == 1
+    assert edits_acted(Report(3, 3, (EditReport("7 +1x", 9, 0.0, 1.0),))) == 1
 
 
 async def test_keys_change_the_strength_while_the_reply_streams(running: Running) -> None:
