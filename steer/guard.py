@@ -88,13 +88,15 @@ class Guard:
             self._since = 0
 
     @property
+    def verdict(self) -> str:
+        """How the reply stands, by the figure that is nearest its line: `KL 0.3, calm`, `repeats 30%, strained`; ""
+        before the first token."""
+        return "" if self.meter is None else f"{self.meter.worst}, {self.meter.word}"
+
+    @property
     def summary(self) -> str:
-        """What it has to say: `KL 0.3, calm`, `repeats 30%, strained`, `KL 2.3, over the line, edits x 0.75`, always by
-        the figure that is nearest its line; "" before the first token."""
-        if self.meter is None:
-            return ""
-        weakened = f", edits x {self.factor:.2g}" if self.factor < 1 else ""
-        return f"{self.meter.worst}, {self.meter.word}{weakened}"
+        """The verdict and what it led to: `KL 2.3, over the line, edits x 0.75`."""
+        return self.verdict + (f", edits x {self.factor:.2g}" if self.factor < 1 else "")
 
     def _repetition(self, window: int) -> float:
         """Of the 4-grams that end in the window, the share that stands in the reply before."""

@@ -70,21 +70,24 @@ def short(number: int) -> str:
 
 
 def reply_status(reply: Reply) -> str:
-    """`steered, 2 edits  41 tok  34 tok/s`, `steered, error dropped  12 tok`, `not steered  12 tok`; `writing...` until
-    the engine has reported."""
-    count = f"{len(reply.events)} tok"
-    watched = [reply.guard.summary] if reply.guard is not None and reply.guard.summary else []
+    """`steered, 2 edits  41 tok  34 tok/s`, `steered, error dropped  12 tok`, `not steered  12 tok`, with the guard
+    `steered, 2 edits x 0.56  41 tok  KL 1.2, strained`; `writing...` until the engine has reported."""
+    count, guard = f"{len(reply.events)} tok", reply.guard
     if reply.failed is not None:
         return f"failed  {count}"
     if reply.finished is None:
-        return "  ".join(["writing...", *([count] if reply.events else []), *watched])
+        return "  ".join(["writing...", *([count] if reply.events else []), *([guard.summary] if guard else [])])
     report = reply.finished.report
     acted = edits_acted(report)
-    what = [*([f"{acted} edit{'s' * (acted != 1)}"] if acted else []), *(["error dropped"] if report.dropped else [])]
+    weakened = f" x {guard.factor:.2g}" if guard and guard.factor < 1 else ""
+    what = [
+        *([f"{acted} edit{'s' * (acted != 1)}{weakened}"] if acted else []),
+        *(["error dropped"] if report.dropped else []),
+    ]
     parts = [", ".join(["steered", *what])] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")
-    parts += [count, *watched]
+    parts += [count, *([guard.verdict] if guard else [])]
     if reply.finished.tokens_per_second:
         parts.append(f"{reply.finished.tokens_per_second:.0f} tok/s")
     ends = {"cancelled": "stopped", "length": "cut off at the limit", "stop": ""}
@@ -157,7 +160,7 @@ def strip(
         return line
     line.append(f"'{palette.visible(palette.drawable(event.text))}'", "bold")
     if event.logprob is not None:
-        line.append(f" p{palette.share(math.exp(min(event.logprob, 0.0)))}", "dim")
+        line.append(f" p {palette.share(math.exp(min(event.logprob, 0.0)))}", "dim")
     hits = event.hits[:2]
     room = (width - line.cell_len - 1) // max(len(hits), 1)
     for hit in hits:
@@ -173,8 +176,10 @@ def strip(
     return line
 
 
-def footer(session: Session | None, width: int, *, typing: bool, writing: bool) -> Text:
-    """The keys that work now; as many as fit."""
+def footer(
+    session: Session | None, width: int, *, typing: bool, writing: bool, pane: Sequence[tuple[str, str]] = ()
+) -> Text:
+    """The keys that work now, those of the focused `pane` first; as many as fit."""
     esc = ("Esc", "stop" if writing else "keys")
     if typing:
         go_on = session is not None and session.mode == "completion"
@@ -187,7 +192,8 @@ def footer(session: Session | None, width: int, *, typing: bool, writing: bool) 
         ]
         keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
     else:
-        keys = [*([esc] if writing else []), ("i", "type"), ("?", "help")]
+        always = [("i", "type"), ("?", "help")]
+        keys = [*([esc] if writing else []), *pane, *(reversed(always) if pane else always)]
         keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name != "help"]
         keys += [("Ctrl+P", "commands")]
     return keys_line(keys, width)

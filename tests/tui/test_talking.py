@@ -85,6 +85,35 @@ async def test_keys_change_the_strength_while_the_reply_streams(running: Running
         assert reply is not None and [place for place, _ in reply.timeline] == [0, 2]
 
 
+async def test_the_pane_shows_what_the_guard_leaves_of_an_edit_while_it_acts(running: Running) -> None:
+    engine = FakeEngine([f" w{n}" for n in range(12)] + [HOLD, " end"])
+    async with running(engine, steering=SteeringSet().add(Edit.parse("0 +1x"))) as driver:
+        await driver.send("/guard back-off")
+        await driver.send("go", wait=False)
+        await until_held(driver, engine)
+        assert "add x 0.75" in driver.text and "+0.75 x max" in driver.text
+        assert "KL 2.5, over the line, edits x 0.75" in driver.text
+        engine.go.set()
+        await driver.settle()
+        assert "+1.00 x max" in driver.text and "x 0.75 when the last reply ended" in driver.text
+        await driver.send("/guard off")
+        engine.script = ["fine"]
+        await driver.send("go on")
+        assert "when the last reply ended" not in driver.text
+
+
+async def test_keys_on_an_empty_steering_pane_say_that_there_is_nothing_to_change(running: Running) -> None:
+    async with running(size=(80, 24)) as driver:
+        await driver.send("hello")
+        await driver.press("escape", "r", "s", "right")
+        assert "no feature is steered" in driver.says() and driver.says() in driver.text
+        await driver.press("escape", "i")
+        await driver.send("/steer 0 +1x")
+        await driver.press("escape", "s", "right")
+        assert "no feature" not in driver.says() and str(session_of(driver).steering.edits[0]) == "0 +1.05x"
+        assert "step  = exact" in driver.text, "the footer has the keys of the pane"
+
+
 async def test_escape_stops_then_leaves_the_box_then_closes_the_sheet(running: Running) -> None:
     engine = FakeEngine(["one", HOLD, " two"])
     async with running(engine, size=(80, 24)) as driver:
