@@ -153,12 +153,12 @@ class ChatScreen(Writing):
             said = f"painting {self.tags.get(self.painting, '')} {self.painting} {name}"
         else:
             said = "painting each token's strongest feature" if self.painting else "painting nothing"
-        reply, lead = self.last_reply, "more below · " if self.transcript.more_below else ""
+        reply, parts = self.last_reply, ["more below"] if self.transcript.more_below else []
         if self.session.mode == "completion" and reply is not None:
-            lead += f"{status.reply_status(reply)} · "
-        said, room = palette.line(said), max(self.transcript.outer_size.width - 6 - cell_len(palette.line(lead)), 0)
-        said = palette.fit(said, room) if cell_len(said) > room else said
-        self.transcript.border_subtitle = palette.title(lead + said)
+            parts.append(status.reply_status(reply))
+        whole = palette.line(" · ".join(filter(None, (*parts, said))))
+        room = self.transcript.outer_size.width - 6
+        self.transcript.border_subtitle = palette.title(palette.fit(whole, min(room, cell_len(whole))))
 
     def _draw_token(self) -> None:
         current = self.transcript.current
