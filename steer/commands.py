@@ -233,7 +233,7 @@ def _mode(context: Context, argument: str) -> None:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("steer", None, "EDIT", "add any edit: `/steer 21863 +1.1x`", _edit("")),
+    Command("steer", None, "EDIT", "add any edit: `/steer 2229 +0.4x`", _edit("")),
     Command("add", None, "LATENT VALUE", "add a direction, whatever the latent does", _edit("add")),
     Command("clamp", None, "LATENT VALUE [if on]", "hold a latent at a value", _edit("clamp")),
     Command("scale", None, "LATENT FACTOR", "multiply what a latent contributes", _edit("scale")),

@@ -35,10 +35,24 @@ class Meter:
     repetition: float
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Each figure, as a person reads it, as a share of its line; infinite where it is not finite."""
+        shares = {
+            f"KL {self.kl:.1f}": self.kl / KL_LINE,
+            f"surprise {self.surprise:.1f}": self.surprise / SURPRISE_LINE,
+            f"repeats {self.repetition:.0%}": self.repetition / REPEAT_LINE,
+        }
+        return {figure: share if math.isfinite(share) else math.inf for figure, share in shares.items()}
+
+    @property
     def level(self) -> float:
-        """The largest as a share of its line, at least 0; infinite where a figure is not finite."""
-        shares = self.kl / KL_LINE, self.surprise / SURPRISE_LINE, self.repetition / REPEAT_LINE
-        return max(*shares, 0.0) if all(map(math.isfinite, shares)) else math.inf
+        """The largest share, at least 0."""
+        return max(*self.shares.values(), 0.0)
+
+    @property
+    def worst(self) -> str:
+        """The figure that the level comes from: `repeats 60%`."""
+        return max(self.shares, key=self.shares.__getitem__)
 
     @property
     def word(self) -> str:
@@ -74,12 +88,15 @@ class Guard:
             self._since = 0
 
     @property
+    def verdict(self) -> str:
+        """How the reply stands, by the figure that is nearest its line: `KL 0.3, calm`, `repeats 30%, strained`; ""
+        before the first token."""
+        return "" if self.meter is None else f"{self.meter.worst}, {self.meter.word}"
+
+    @property
     def summary(self) -> str:
-        """What it has to say: `KL 0.8, strained`, `KL 2.3, over the line, edits x 0.75`; "" before the first token."""
-        if self.meter is None:
-            return ""
-        weakened = f", edits x {self.factor:.2g}" if self.factor < 1 else ""
-        return f"KL {self.meter.kl:.1f}, {self.meter.word}{weakened}"
+        """The verdict and what it led to: `KL 2.3, over the line, edits x 0.75`."""
+        return self.verdict + (f", edits x {self.factor:.2g}" if self.factor < 1 else "")
 
     def _repetition(self, window: int) -> float:
         """Of the 4-grams that end in the window, the share that stands in the reply before."""

@@ -21,7 +21,7 @@ DOCUMENTS = (
     *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale", "calibration")),
     *(f"docs/{name}.md" for name in ("steering", "steering-recipes", "why", "doctor", "contrast", "batch")),
 )
-COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (.+)$", re.DOTALL)
+COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (?!= )(.+)$", re.DOTALL)
 
 
 def commands(text: str) -> list[list[str]]:

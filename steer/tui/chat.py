@@ -1,33 +1,27 @@
 """The chat screen: transcript, steering, token and message box, drawn from the session; and what commands run on.
 
-One direction each way. Down: keys and commands call the session's verbs, then `draw`. Up: a thread worker iterates
-`Session.reply` and appends to `inbox`; a 20 Hz timer, asleep while nothing is written, drains it. The first and the
-last event of a reply wake the drain at once. No widget is touched outside the interface's thread.
+Keys and commands call the session's verbs, then `draw`. What comes up from the engine is in `steer/tui/writing.py`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from functools import partial
 from typing import ClassVar, Literal
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import DescendantFocus, Resize
-from textual.message import Message
 from textual.widgets import Static
 
 from steer import commands
 from steer.commands import COMMANDS, Paint
 from steer.edits import GRAMMAR, Edit
-from steer.errors import EXPLAINED, SteerError, sentence
-from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
-from steer.session import Mode, Session
+from steer.errors import SteerError
+from steer.session import Mode
 from steer.tui import palette, status
-from steer.tui.actions import Actions
 from steer.tui.dialogs import ROOM, Ask, plain
 from steer.tui.feature_card import FeatureCardView
 from steer.tui.features import FeaturesScreen
@@ -36,11 +30,10 @@ from steer.tui.prompt import Prompt, completion
 from steer.tui.steering_panel import SteeringPanel
 from steer.tui.token_view import TokenView
 from steer.tui.transcript import Transcript
+from steer.tui.writing import Writing
 
-HERTZ = 20
 
-
-class ChatScreen(Actions):
+class ChatScreen(Writing):
     """See the module's docstring. It satisfies `commands.Context`."""
 
     AUTO_FOCUS = "#prompt"
@@ -57,24 +50,14 @@ class ChatScreen(Actions):
         *(Binding(c.key, f"command('{c.name}')", c.help[0].upper() + c.help[1:]) for c in COMMANDS if c.key),
     ]
 
-    class Arrived(Message):
-        """The first or the last event of a reply is in the inbox."""
-
-        def __init__(self, stop: threading.Event, *, last: bool) -> None:
-            super().__init__()
-            self.stop_flag, self.last = stop, last
-
     def __init__(self) -> None:
         super().__init__()
-        self.inbox: deque[Event] = deque()
         self.painting: Paint = "strongest"
         self.waiting: str | None = None
         """What was sent before the engine was there."""
-        self._stop: threading.Event | None = None
-        """Set to stop the reply; None while none is written."""
-        self._key = ""
-        self._sent = ""
         self._pinned = False
+        self._drawn = (1.0, False)
+        """What of the guard the Steering pane shows."""
 
     def compose(self) -> ComposeResult:
         yield plain("", id="headline")
@@ -96,11 +79,7 @@ class ChatScreen(Actions):
         self.panel = self.query_one(SteeringPanel)
         self.inspector = self.query_one(Inspector)
         self.prompt = self.query_one(Prompt)
-        self.timer = self.set_interval(1 / HERTZ, self.drain, pause=True)
         self.draw()
-
-    def on_unmount(self) -> None:
-        self.stop()
 
     def on_resize(self, event: Resize) -> None:
         self.draw()
@@ -129,28 +108,57 @@ class ChatScreen(Actions):
         if session is None:
             return
         self.set_class(session.engine.info.hook is None, "-bare")
-        report = next((t.reply.finished.report for t in reversed(session.turns) if t.reply and t.reply.finished), None)
-        labels = self.label(tuple(session.steering.places(session.engine.info.hook)))
-        self.panel.show(session.steering, labels=labels, readouts=session.engine.readout, report=report)
+        self._draw_steering()
         self._draw_painting()
         self._draw_token()
 
+    def draw_progress(self) -> None:
+        self.query_one("#headline", Static).update(Text(status.headline(self.session, self.app.size.width)))
+        self._draw_painting()
+        if self._guarded != self._drawn:
+            self._draw_steering()
+
+    @property
+    def _guarded(self) -> tuple[float, bool]:
+        """What the guard multiplies the edits of the last reply by, and whether that is still being written."""
+        reply = self.last_reply
+        writing = reply is not None and reply.finished is None and reply.failed is None
+        return (reply.guard.factor if reply is not None and reply.guard is not None else 1.0), writing
+
+    def _draw_steering(self) -> None:
+        session = self.session
+        report = next((t.reply.finished.report for t in reversed(session.turns) if t.reply and t.reply.finished), None)
+        labels = self.label(tuple(session.steering.places(session.engine.info.hook)))
+        self._drawn = factor, writing = self._guarded
+        self.panel.show(
+            session.steering,
+            labels=labels,
+            readouts=session.engine.readout,
+            report=report,
+            factor=factor,
+            writing=writing,
+        )
+
     def _draw_footer(self) -> None:
         typing, writing = self.focused is self.prompt, self._stop is not None
-        line = status.footer(self.steer_app.session, self.app.size.width, typing=typing, writing=writing)
+        pane = self.focused.KEYS if isinstance(self.focused, SteeringPanel | Inspector) else ()
+        line = status.footer(self.steer_app.session, self.app.size.width, typing=typing, writing=writing, pane=pane)
         self.query_one("#footer", Static).update(line)
 
     def _draw_painting(self) -> None:
-        if isinstance(self.painting, int):
+        if not self.session.engine.info.hook:
+            said = ""
+        elif isinstance(self.painting, int):
             name = self.label([self.painting])[self.painting]
             said = f"painting {self.tags.get(self.painting, '')} {self.painting} {name}"
         else:
             said = "painting each token's strongest feature" if self.painting else "painting nothing"
-        reply = self.last_reply
+        reply, parts = self.last_reply, ["more below"] if self.transcript.more_below else []
         if self.session.mode == "completion" and reply is not None:
-            said = f"{status.reply_status(reply)} · {said}"
-        more = "more below · " if self.transcript.more_below else ""
-        self.transcript.border_subtitle = palette.title(more + said if self.session.engine.info.hook else more)
+            parts.append(status.reply_status(reply))
+        whole = palette.line(" · ".join(filter(None, (*parts, said))))
+        room = self.transcript.outer_size.width - 6
+        self.transcript.border_subtitle = palette.title(palette.fit(whole, min(room, cell_len(whole))))
 
     def _draw_token(self) -> None:
         current = self.transcript.current
@@ -191,84 +199,6 @@ class ChatScreen(Actions):
             if not self.attempt(partial(self.send, text)):
                 self.prompt.fill(text)
 
-    # Writing a reply
-
-    def write_reply(self) -> None:
-        session, self._stop = self.session, threading.Event()
-        self._key = str(len(session.turns))
-        self.transcript.begin(self._key, session.mode)
-        self.transcript.follow = True
-        self.transcript.scroll_end(animate=False)
-        self.timer.resume()
-        self.draw()
-        self.run_worker(partial(self._generate, session, self._stop), thread=True, group="reply")
-
-    def _generate(self, session: Session, stop: threading.Event) -> None:
-        """Runs in a worker thread."""
-        try:
-            for place, event in enumerate(session.reply(stop)):
-                self.inbox.append(event)
-                if place == 0:
-                    self.post_message(self.Arrived(stop, last=False))
-        except EXPLAINED as error:
-            self.inbox.append(Failed(sentence(error), getattr(error, "hint", None)))
-        finally:
-            self.post_message(self.Arrived(stop, last=True))
-
-    def on_chat_screen_arrived(self, event: Arrived) -> None:
-        if event.stop_flag is not self._stop:
-            return  # the next reply has begun already, and with it all of this one was drained
-        self.drain()
-        if event.last:
-            self.timer.pause()
-            self._stop = None
-            self._close_reply()
-
-    def drain(self) -> None:
-        """Takes all that has arrived and draws it once."""
-        events = [self.inbox.popleft() for _ in range(len(self.inbox))]
-        if not events or self.steer_app.session is None:
-            return
-        session, transcript, key = self.session, self.transcript, self._key
-        tokens: list[TokenEvent] = []
-        for event in events:
-            match event:
-                case PromptRead():
-                    place = int(key) - 1
-                    transcript.drop_notice(key, session.mode, event)
-                    if 0 <= place < len(session.turns) and session.turns[place].reply is None:
-                        transcript.read(str(place), session.turns[place].content, event)
-                case TokenEvent():
-                    tokens.append(event)
-        transcript.grow(key, tokens)
-        for event in events:
-            match event:
-                case Finished() if event.text:
-                    transcript.text(key, event.text)
-                case Failed():
-                    self._failed(event)
-        if int(key) < len(session.turns) and (reply := session.turns[int(key)].reply) is not None:
-            transcript.retitle(key, session.mode, reply)
-        self.query_one("#headline", Static).update(Text(status.headline(session, self.app.size.width)))
-        self._draw_painting()
-
-    def _failed(self, failed: Failed) -> None:
-        """A reply that read nothing was refused: the session has forgotten it, and the box gets its text back."""
-        said = failed.message + (f" ({failed.hint})" if failed.hint else "")
-        if len(self.session.turns) <= int(self._key):
-            self.draw_turns()
-            if not self.prompt.text:
-                self.prompt.fill(self._sent)
-        else:
-            self.transcript.tell(f"{self._key} failed", failed.message)
-        self.say(said, error=True)
-
-    def _close_reply(self) -> None:
-        self._sent = ""
-        if self.session.unsaved:
-            self.say(f"not saved: {self.session.unsaved}", error=True)
-        self.draw()
-
     # What was typed
 
     def on_prompt_sent(self, event: Prompt.Sent) -> None:
@@ -281,21 +211,6 @@ class ChatScreen(Actions):
             self.say("this will be sent when the model is loaded" if text.strip() else "")
         elif not self.attempt(partial(self.send, text)):
             self.prompt.fill(text)
-
-    def send(self, text: str) -> None:
-        """Says `text`, or in completion mode appends it to the text, and has the model go on."""
-        self.drain()
-        session, place = self.session, len(self.session.turns)
-        if session.mode == "chat":
-            session.say(text)
-        elif text or session.turns:
-            session.complete(session.document + text)
-        else:
-            raise SteerError("there is no text to go on from", "write its beginning")
-        self._sent = text
-        for number, turn in enumerate(session.turns[place:], place):
-            self.transcript.add_turn(session, number, turn)
-        self.write_reply()
 
     def on_prompt_typed(self, event: Prompt.Typed) -> None:
         line = completion(event.text, self.app.size.width - 4)
@@ -351,6 +266,9 @@ class ChatScreen(Actions):
 
     def on_steering_panel_resend(self) -> None:
         self.attempt(partial(commands.execute, self, "/regenerate"))
+
+    def on_steering_panel_missed(self) -> None:
+        self.say("no feature is steered, so there is nothing to change; f finds one to steer", error=True)
 
     def on_steering_panel_open(self, event: SteeringPanel.Open) -> None:
         self.open_card(event.latent)
@@ -414,10 +332,11 @@ class ChatScreen(Actions):
     def set_mode(self, mode: Mode) -> None:
         session = self.session
         if mode != session.mode:
+            name = session.name
             session.clear()
             session.mode = mode
             self.draw_turns()
-        self.prompt.focus()
+            self.say(f"{name} is saved, `o` opens it again" if name else "")
 
     def show_pane(self, name: Literal["steering", "token"]) -> None:
         if self.session.engine.info.hook is None:
@@ -443,8 +362,3 @@ class ChatScreen(Actions):
         self.draw_turns()
         self.prompt.fill(text)
         self.prompt.focus()
-
-    def stop(self) -> bool:
-        if self._stop is not None:
-            self._stop.set()
-        return self._stop is not None

@@ -34,6 +34,8 @@ class Inspector(Widget, can_focus=True):
     HELP = (
         "The features that were active when the model read this token, strongest first; bars are shares of their max."
     )
+    KEYS: ClassVar[tuple[tuple[str, str], ...]] = (("Enter", "steer"), ("p", "paint"), ("o", "card"))
+    """What the footer shows while the pane has the focus."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "choose(-1)", "Previous feature"),
         Binding("down,j", "choose(1)", "Next feature"),
@@ -137,7 +139,7 @@ class Inspector(Widget, can_focus=True):
     def _facts(self, event: TokenEvent, width: int) -> list[list[Part]]:
         facts = f"id {event.token}"
         if event.logprob is not None:
-            facts += f"   p {math.exp(min(event.logprob, 0.0)):.2f}"
+            facts += f"   p {palette.share(math.exp(min(event.logprob, 0.0)))}"
         if event.entropy is not None:
             facts += f"   entropy {event.entropy / math.log(2):.1f} bits"
         rows: list[list[Part]] = [[(facts, PLAIN)]]

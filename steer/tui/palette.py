@@ -171,6 +171,17 @@ def title(text: str) -> Text:
     return Text(line(text))
 
 
+def packed(groups: Iterable[str], width: int) -> list[str]:
+    """`groups` with three spaces between them, none broken, as lines of at most `width` cells where each fits one."""
+    lines: list[str] = []
+    for group in map(drawable, groups):
+        if lines and cell_len(lines[-1]) + 3 + cell_len(group) <= width:
+            lines[-1] += "   " + group
+        else:
+            lines.append(group)
+    return lines
+
+
 def wrapped(text: str, width: int) -> list[str]:
     """`text`, made drawable, as lines of at most `width` cells."""
     lines: list[str] = []

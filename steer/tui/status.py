@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.text import Text
 
 from steer.commands import COMMANDS
-from steer.events import PromptRead, TokenEvent
+from steer.events import PromptRead, Report, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
 
@@ -69,28 +70,44 @@ def short(number: int) -> str:
 
 
 def reply_status(reply: Reply) -> str:
-    """`steered, 2 edits  41 tok  34 tok/s`, `steered, error dropped  12 tok`, `not steered  12 tok`; `writing...` until
-    the engine has reported."""
-    count = f"{len(reply.events)} tok"
-    watched = [reply.guard.summary] if reply.guard is not None and reply.guard.summary else []
+    """`steered, 2 edits  41 tok  34 tok/s`, `steered, error dropped  12 tok`, `not steered  12 tok`, with the guard
+    `steered, 2 edits x 0.56  41 tok  KL 1.2, strained`; `writing...` until the engine has reported."""
+    count, guard = f"{len(reply.events)} tok", reply.guard
     if reply.failed is not None:
         return f"failed  {count}"
     if reply.finished is None:
-        return "  ".join(["writing...", *([count] if reply.events else []), *watched])
+        return "  ".join(["writing...", *([count] if reply.events else []), *([guard.summary] if guard else [])])
     report = reply.finished.report
-    # An edit whose strength was moved while the reply was written is in the report once for each strength.
-    names = {_EDITED.match(edit.text) for edit in report.edits if edit.positions > 0}
-    acted = len({name[0] for name in names if name})
-    what = [*([f"{acted} edit{'s' * (acted != 1)}"] if acted else []), *(["error dropped"] if report.dropped else [])]
+    acted = edits_acted(report)
+    weakened = f" x {guard.factor:.2g}" if guard and guard.factor < 1 else ""
+    what = [
+        *([f"{acted} edit{'s' * (acted != 1)}{weakened}"] if acted else []),
+        *(["error dropped"] if report.dropped else []),
+    ]
     parts = [", ".join(["steered", *what])] if report.steered else []
     if report.edits and not report.steered:
         parts.append("not steered")
-    parts.append(count)
+    parts += [count, *([guard.verdict] if guard else [])]
     if reply.finished.tokens_per_second:
         parts.append(f"{reply.finished.tokens_per_second:.0f} tok/s")
-    parts += watched
     ends = {"cancelled": "stopped", "length": "cut off at the limit", "stop": ""}
     return "  ".join(part for part in (*parts, ends[reply.finished.finish]) if part)
+
+
+def edits_acted(report: Report) -> int:
+    """How many edits acted. One whose strength was moved while the reply was written stands in the report once for each
+    strength and counts once; two of one latent that were in one set are two."""
+    acted = {edit.text for edit in report.edits if edit.positions > 0}
+    most = Counter({_name(text): 1 for text in acted})
+    for carried in report.carried:
+        most |= Counter(_name(text) for text in carried.edits if text in acted)
+    return most.total()
+
+
+def _name(text: str) -> str:
+    match = _EDITED.match(text)
+    assert match is not None, "it matches anything"
+    return match[0]
 
 
 def dropped(prompt: PromptRead) -> str:
@@ -143,7 +160,7 @@ def strip(
         return line
     line.append(f"'{palette.visible(palette.drawable(event.text))}'", "bold")
     if event.logprob is not None:
-        line.append(f" p{palette.share(math.exp(min(event.logprob, 0.0)))}", "dim")
+        line.append(f" p {palette.share(math.exp(min(event.logprob, 0.0)))}", "dim")
     hits = event.hits[:2]
     room = (width - line.cell_len - 1) // max(len(hits), 1)
     for hit in hits:
@@ -159,8 +176,10 @@ def strip(
     return line
 
 
-def footer(session: Session | None, width: int, *, typing: bool, writing: bool) -> Text:
-    """The keys that work now; as many as fit."""
+def footer(
+    session: Session | None, width: int, *, typing: bool, writing: bool, pane: Sequence[tuple[str, str]] = ()
+) -> Text:
+    """The keys that work now, those of the focused `pane` first; as many as fit."""
     esc = ("Esc", "stop" if writing else "keys")
     if typing:
         go_on = session is not None and session.mode == "completion"
@@ -173,7 +192,8 @@ def footer(session: Session | None, width: int, *, typing: bool, writing: bool) 
         ]
         keys += [("/", "commands"), ("Ctrl+P", "palette"), ("Ctrl+S", "save"), ("Ctrl+Q", "quit")]
     else:
-        keys = [*([esc] if writing else []), ("i", "type"), ("?", "help")]
+        always = [("i", "type"), ("?", "help")]
+        keys = [*([esc] if writing else []), *pane, *(reversed(always) if pane else always)]
         keys += [(c.key, c.short) for c in COMMANDS if c.key and c.short and c.name != "help"]
         keys += [("Ctrl+P", "commands")]
     return keys_line(keys, width)

@@ -1,8 +1,9 @@
 """The Steering pane: each edit with its slider, its strength in every unit, and what it did in the last reply.
 
 Every key makes a whole new `SteeringSet`, shows it at once and posts it; the panel never changes one in place.
-Strengths step in the unit that is shown: multiples of the latent's max, or percent of the residual norm where no max is
-known. The engine's `readout` of one raw unit gives both rates: a typed `13.6` becomes `1.1x` when it is first stepped.
+Strengths step in the unit that is shown (`steer/tui/slider.py`). While the guard weakens a reply the rows show what
+acts now: the factor beside the kind, the bar and the figures of what is added as they are by now. `O` stays where the
+strength is set.
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from steer.edits import FORMULAS, VALUELESS, Edit, Kind, SteeringSet, Strength, Unit
-from steer.errors import EXPLAINED, SteerError
+from steer.edits import FORMULAS, Edit, Kind, SteeringSet
+from steer.errors import SteerError
 from steer.events import EditReport, Report
 from steer.session import Readout
 from steer.tui import palette
 from steer.tui.palette import BOLD, DIM, PLAIN, Part
-from steer.tui.slider import FILLS, SCALES, slider
+from steer.tui.slider import FILLS, SCALES, Strengths, slider
 
 EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer LATENT +0.5x."
 LOUD = 60
 """Percent of the residual norm above which, all edits together, text tends to fall apart."""
 ROUND = ("all", "generated", "prompt", "assistant", "last")
 """The places that the key goes round; the others are typed."""
+ADDED: tuple[Kind, ...] = ("add", "bias", "vector")
+"""The kinds whose strength is what they add, so that a weakened one is a smaller strength."""
 HINTS = (
-    "left/right step   shift bigger   = exact, or the whole edit   - flip   0 zero",
-    "a add   c clamp   x ablate   % scale   > floor   < cap   p bias   X project   w where",
-    "space mute   Del remove   Enter card   R send again",
+    *("left/right step", "Shift bigger", "= exact, or the whole edit", "- flip", "0 zero", "a add", "c clamp"),
+    *("x ablate", "% scale", "> floor", "< cap", "p bias", "X project", "w where", "Space mute", "Del remove"),
+    *("Enter card", "R send again"),
 )
 
 
@@ -53,8 +56,19 @@ class SteeringPanel(Widget, can_focus=True):
         "pass a threshold or win one of k places: a small one may change nothing, a large one may push another out; "
         "the report says at how many tokens the feature stayed off. clamp sets the feature to v (c again: only where "
         "it is on), floor and cap bound it, scale multiplies it, ablate takes it out, project takes out whatever lies "
-        "along its direction. = takes a strength or a whole edit, as `clamp 4410 0 when 902 > 2 on generated ramp 10`."
+        "along its direction. = takes a strength or a whole edit, as `clamp 828 0 when 902 > 2 on generated ramp 10`. "
+        "On a slider O is the strength and \u250a half the residual norm; an arrow at its end says that the strength "
+        "is off the scale. `add x 0.56` says that the guard has weakened the edit to 0.56 of itself."
     )
+    KEYS: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("\u2190\u2192", "step"),
+        ("=", "exact"),
+        ("a c x p", "kind"),
+        ("Space", "mute"),
+        ("Del", "remove"),
+        ("R", "again"),
+    )
+    """What the footer shows while the pane has the focus."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "choose(-1)", "Previous edit"),
         Binding("down,j", "choose(1)", "Next edit"),
@@ -102,15 +116,18 @@ class SteeringPanel(Widget, can_focus=True):
     class Resend(Message):
         """The last message is to be sent again."""
 
+    class Missed(Message):
+        """A key that changes an edit was pressed, and there is none."""
+
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
         self.steering = SteeringSet()
         self.selected = 0
         """Place of the chosen edit."""
         self._labels: Mapping[int, str] = {}
-        self._readouts: Callable[[Edit], Readout | None] = lambda _: None
+        self._strengths = Strengths(lambda _: None)
+        self._factor, self._writing = 1.0, False
         self._report: Report | None = None
-        self._resid_total: float | None = None
         self._strips: list[Strip] = []
         self.border_title = palette.title("Steering")
 
@@ -121,12 +138,14 @@ class SteeringPanel(Widget, can_focus=True):
         labels: Mapping[int, str],
         readouts: Callable[[Edit], Readout | None],
         report: Report | None,
-        resid_total: float | None = None,
+        factor: float = 1.0,
+        writing: bool = False,
     ) -> None:
-        """Draws a set with the last reply's report; without `resid_total` (percent) the readouts are summed."""
+        """Draws a set with the last reply's report. `factor` is what the guard multiplies that reply's edits by: now,
+        where it is being written, else at its end."""
         grown = len(steering.edits) == len(self.steering.edits) + 1
-        self.steering, self._labels, self._readouts, self._report = steering, labels, readouts, report
-        self._resid_total = resid_total
+        self.steering, self._labels, self._strengths, self._report = steering, labels, Strengths(readouts), report
+        self._factor, self._writing = factor, writing
         last = len(steering.edits) - 1
         self.selected = last if grown else max(0, min(self.selected, last))
         self._draw()
@@ -141,56 +160,18 @@ class SteeringPanel(Widget, can_focus=True):
         """The chosen edit."""
         return self.steering.edits[self.selected] if self.selected < len(self.steering.edits) else None
 
-    # Strengths
-
-    def _readout(self, edit: Edit) -> Readout | None:
-        try:
-            return self._readouts(edit)
-        except EXPLAINED:
-            return (
-                None  # A latent this SAE does not have, or a unit without its reference: the row shows what was typed.
-            )
-
-    def _rates(self, edit: Edit) -> Readout:
-        """What one raw unit of an edit is in the other units."""
-        kind: Kind = "vector" if edit.kind == "vector" else "add"
-        unit = Edit(edit.latent, kind, Strength(1.0), hook=edit.hook, file=edit.file)
-        return self._readout(unit) or Readout(1.0, None, None)
-
-    def unit(self, edit: Edit) -> Unit:
-        """The unit in which an edit's strength is shown and stepped."""
-        rates = self._rates(edit)
-        return "max" if rates.of_max else "norm" if rates.of_norm else "raw"
-
-    def value(self, edit: Edit) -> float | None:
-        """An edit's strength in the unit that is shown; None where it has none, the factor for `scale`."""
-        if edit.strength is None or edit.kind == "scale":
-            return None if edit.strength is None else edit.strength.number
-        unit, rates = self.unit(edit), self._rates(edit)
-        if edit.strength.unit == unit:
-            return edit.strength.number
-        per_raw: dict[Unit, float | None] = {"raw": 1.0, "max": rates.of_max, "norm": rates.of_norm}
-        have, want = per_raw[edit.strength.unit], per_raw[unit]
-        return edit.strength.number / have * want if have and want else edit.strength.number
-
-    def _strength(self, edit: Edit, value: float) -> Edit:
-        """The edit with a strength in the shown unit, rounded as it is shown."""
-        unit: Unit = "raw" if edit.kind == "scale" else self.unit(edit)
-        digits = 2 if edit.kind == "scale" else SCALES[unit].digits
-        return replace(edit, strength=Strength(round(value, digits) + 0.0, unit))
-
-    def become(self, edit: Edit, kind: Kind) -> Edit:
-        """The edit as another kind, with its number kept where it means the same, else a sensible one."""
-        if kind in VALUELESS:
-            return replace(edit, kind=kind, strength=None, if_on=False)
-        if kind == "scale":
-            return replace(edit, kind=kind, strength=Strength(2.0), if_on=False)
-        if edit.strength is None or edit.kind == "scale":
-            unit = self.unit(edit)
-            return replace(edit, kind=kind, strength=Strength(SCALES[unit].start, unit), if_on=False)
-        return replace(edit, kind=kind, if_on=edit.if_on and kind == "clamp")
+    @property
+    def _acting(self) -> float:
+        """What edits are multiplied by now."""
+        return self._factor if self._writing else 1.0
 
     # Keys
+
+    def _asked(self) -> Edit | None:
+        """The edit that a key is to change; that there is none is told."""
+        if self.edit is None:
+            self.post_message(self.Missed())
+        return self.edit
 
     def _change(self, steering: SteeringSet) -> None:
         self.steering = steering
@@ -202,50 +183,51 @@ class SteeringPanel(Widget, can_focus=True):
         self._change(self.steering.put(self.selected, edit))
 
     def action_choose(self, step: int) -> None:
-        self.select(self.selected + step)
+        if self._asked() is not None:
+            self.select(self.selected + step)
 
     def action_move(self, step: int) -> None:
         to = self.selected + step
-        if self.edit is not None and 0 <= to < len(self.steering.edits):
+        if self._asked() is not None and 0 <= to < len(self.steering.edits):
             steering = self.steering.move(self.selected, to)
             self.selected = to
             self._change(steering)
 
     def action_step(self, steps: int) -> None:
-        edit = self.edit
-        if edit is not None and (value := self.value(edit)) is not None:
-            step = 0.05 if edit.kind == "scale" else SCALES[self.unit(edit)].step
-            self._put(self._strength(edit, value + steps * step))
+        edit, strengths = self._asked(), self._strengths
+        if edit is not None and (value := strengths.value(edit)) is not None:
+            step = 0.05 if edit.kind == "scale" else SCALES[strengths.unit(edit)].step
+            self._put(strengths.typed(edit, value + steps * step))
 
     def action_flip(self) -> None:
-        edit = self.edit
+        edit = self._asked()
         if edit is not None and edit.strength is not None:
             self._put(replace(edit, strength=replace(edit.strength, number=0.0 - edit.strength.number)))
 
     def action_zero(self) -> None:
-        edit = self.edit
+        edit = self._asked()
         if edit is not None and edit.strength is not None:
-            self._put(self._strength(edit, 0.0))
+            self._put(self._strengths.typed(edit, 0.0))
 
     def action_kind(self, kind: Kind) -> None:
-        edit = self.edit
+        edit = self._asked()
         if edit is None or edit.kind == "vector":
             return
         if kind == edit.kind == "clamp":
             self._put(replace(edit, if_on=not edit.if_on))
         elif kind != edit.kind:
-            self._put(self.become(edit, kind))
+            self._put(self._strengths.become(edit, kind))
 
     def action_mute(self) -> None:
-        if (edit := self.edit) is not None:
+        if (edit := self._asked()) is not None:
             self._put(replace(edit, muted=not edit.muted))
 
     def action_remove(self) -> None:
-        if self.edit is not None:
+        if self._asked() is not None:
             self._change(self.steering.remove(self.selected))
 
     def action_place(self) -> None:
-        if (edit := self.edit) is not None:
+        if (edit := self._asked()) is not None:
             at = ROUND.index(edit.place) if edit.place in ROUND else -1
             self._put(replace(edit, place=ROUND[(at + 1) % len(ROUND)]))
 
@@ -253,11 +235,11 @@ class SteeringPanel(Widget, can_focus=True):
         self._change(replace(self.steering, special_tokens=not self.steering.special_tokens))
 
     def action_exact(self) -> None:
-        if self.edit is not None:
+        if self._asked() is not None:
             self.post_message(self.Exact(self.selected))
 
     def action_open(self) -> None:
-        if (edit := self.edit) is not None and edit.latent is not None:
+        if (edit := self._asked()) is not None and edit.latent is not None:
             self.post_message(self.Open(edit.latent))
 
     def action_resend(self) -> None:
@@ -293,9 +275,11 @@ class SteeringPanel(Widget, can_focus=True):
             return [[(text, DIM)] for text in palette.wrapped(EMPTY, width)]
         wide = width >= 60
         blocks = [self._block(place, edit, width, wide) for place, edit in enumerate(self.steering.edits)]
-        if wide and sum(map(len, blocks)) + len(blocks) + 3 <= height:
-            blocks = [[*block, []] for block in blocks]
         foot = self._foot(width) if height >= 6 else []
+        hints = palette.packed(HINTS, width)
+        used = sum(map(len, blocks)) + len(foot) + 1
+        if wide and used + len(blocks) + len(hints) + 1 <= height:
+            blocks = [[*block, []] for block in blocks]
         space = max(height - len(foot), 1)
         # The chosen edit is always seen from its first row, with as much around it as there is room for.
         start = sum(map(len, blocks[: self.selected]))
@@ -305,7 +289,6 @@ class SteeringPanel(Widget, can_focus=True):
         rows = rows[top : top + space]
         rows += [[] for _ in range(min(space - len(rows), 1))]
         rows += foot
-        hints = [text for hint in HINTS for text in palette.wrapped(hint, width)]
         if len(rows) + 1 + len(hints) <= height:
             rows += [[], *([(hint, DIM)] for hint in hints)]
         return rows
@@ -319,6 +302,7 @@ class SteeringPanel(Widget, can_focus=True):
         tag = palette.TAGS[place] if place < len(palette.TAGS) else " "
         kind = edit.kind + (" if on" if edit.if_on else "")
         kind += {"all": "", "generated": " gen"}.get(edit.place, f" {edit.place}") + (" MUTE" if edit.muted else "")
+        kind += f" x {self._acting:.2g}" if self._acting < 1 and edit in self.steering.live else ""
         if edit.latent is None:
             name, label = "file", edit.file.rpartition("/")[2]
         else:
@@ -331,7 +315,7 @@ class SteeringPanel(Widget, can_focus=True):
             (kind, BOLD + muted),
         ]
         rows = [head]
-        value = self.value(edit)
+        value = self._strengths.value(edit)
         if value is not None and edit.kind != "scale":
             rows.append([(self._slider(edit, value, width), muted)])
         timing = "  ".join(each for each in edit.clauses if each.split()[0] in ("when", "for", "ramp", "decay"))
@@ -346,23 +330,29 @@ class SteeringPanel(Widget, can_focus=True):
         return rows
 
     def _slider(self, edit: Edit, value: float, width: int) -> str:
-        unit, rates = self.unit(edit), self._rates(edit)
+        unit, rates = self._strengths.unit(edit), self._strengths.rates(edit)
         here = {"max": rates.of_max, "norm": rates.of_norm, "raw": 1.0}[unit]
         half = abs(50 / rates.of_norm * here) if rates.of_norm and here else None
-        return slider(value, SCALES[unit], width, fill=FILLS.get(edit.kind, ""), half=half)
+        fill, acts = FILLS.get(edit.kind, ""), value * self._weakened(edit)
+        return slider(value, SCALES[unit], width, fill=fill, half=half, acts=acts)
+
+    def _weakened(self, edit: Edit) -> float:
+        """What the strength itself of an edit is multiplied by now."""
+        return self._acting if edit.kind in ADDED else 1.0
 
     def _facts(self, edit: Edit, value: float | None) -> str:
         if value is None:
             return "     contributes nothing" if edit.kind == "ablate" else "     nothing is left along it"
         if edit.kind == "scale":
             return f"     x {value:g} its own activation"
-        unit, readout = self.unit(edit), self._readout(edit)
-        lead = " pre " if edit.kind == "bias" else "     "
+        unit, readout, weakened = self._strengths.unit(edit), self._strengths.readout(edit), self._weakened(edit)
+        lead, value = " pre " if edit.kind == "bias" else "     ", value * weakened
         shown = {"max": f"{value:+.2f} x max", "norm": f"{value:+.0f}% of |x|", "raw": f"{value:+.2f} raw"}[unit]
         text = lead + (shown if value else "0")
         if readout is not None and value:
-            text += f"   a {palette.number(readout.raw)}" if unit != "raw" else ""
-            text += f"   {abs(readout.of_norm):.0f}% of |x|" if readout.of_norm is not None and unit != "norm" else ""
+            text += f"   a {palette.number(readout.raw * weakened)}" if unit != "raw" else ""
+            share = None if readout.of_norm is None or unit == "norm" else abs(readout.of_norm * weakened)
+            text += "" if share is None else f"   {share:.0f}% of |x|"
         return text
 
     def _fired(self, edit: Edit) -> str:
@@ -394,11 +384,9 @@ class SteeringPanel(Widget, can_focus=True):
 
     def total(self) -> float | None:
         """Percent of the residual norm of all live edits together, as if they pointed the same way; None if unknown."""
-        if self._resid_total is not None:
-            return self._resid_total
-        known = [readout.of_norm for edit in self.steering.live if (readout := self._readout(edit)) is not None]
-        sizes = [abs(size) for size in known if size is not None]
-        return sum(sizes) if sizes else None
+        readouts = map(self._strengths.readout, self.steering.live)
+        sizes = [abs(readout.of_norm) for readout in readouts if readout is not None and readout.of_norm is not None]
+        return sum(sizes) * self._acting if sizes else None
 
     def _foot(self, width: int) -> list[list[Part]]:
         edit = self.edit
@@ -423,4 +411,6 @@ class SteeringPanel(Widget, can_focus=True):
                 words = f"   over {LOUD}% text tends to fall apart" if wide else ", may fall apart"
                 row.append((words, self.get_component_rich_style("steering-panel--warning", partial=True)))
             rows.append(row)
+        if self._factor < 1 and not self._writing:
+            rows.append([("guard  ", DIM), (f"x {self._factor:.2g} when the last reply ended", PLAIN)])
         return rows

@@ -7,6 +7,9 @@ is a prompt that has them, so that it can be painted and inspected like the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
 
 from steer.events import PromptRead, TokenEvent
 from steer.session import Mode, Reply, Session, Turn
@@ -16,6 +19,11 @@ from steer.tui.token_view import TokenView
 
 class Transcript(TokenView):
     """A token view that knows turns."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("pageup", "page_up", "Scroll a screenful up"),
+        Binding("pagedown", "page_down", "Scroll a screenful down"),
+    ]
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)

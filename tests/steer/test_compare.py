@@ -144,7 +144,9 @@ def test_a_guard_backs_off_only_when_told_to_and_not_at_once() -> None:
             for n in range(WAIT):
                 lost.see(event(n, kl=figures[0], surprisal=figures[1], expected=1.0))
             assert lost.factor == STEP and lost.meter is not None and lost.meter.word == "over the line"
-            assert "over the line" in lost.summary
+            assert (
+                lost.summary.startswith("surprise " if figures[0] == 0 else "KL ") and "over the line" in lost.summary
+            )
     calm = Guard(backs_off=True)
     for n in range(50):
         calm.see(event(n, kl=0.1, surprisal=1.1, expected=1.0))
@@ -152,6 +154,16 @@ def test_a_guard_backs_off_only_when_told_to_and_not_at_once() -> None:
     for _ in range(50):
         calm.see(event(4, kl=0.1, surprisal=1.0, expected=1.0))
     assert calm.meter.repetition == 1.0 and calm.factor < 1.0
+
+
+def test_a_guard_names_the_figure_that_is_nearest_its_line() -> None:
+    told = []
+    for written, kl, surprisal in ((range(12), 0.5, 1.0), (range(12), 0.0, 1.7), ((1, 2, 3, 4, 5, 6) * 2, 0.0, 1.0)):
+        guard = Guard()
+        for token in written:
+            guard.see(event(token, kl=kl, surprisal=surprisal, expected=1.0))
+        told.append(guard.summary)
+    assert told == ["KL 0.5, calm", "surprise 0.7, strained", "repeats 33%, strained"]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

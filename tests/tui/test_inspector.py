@@ -64,7 +64,7 @@ async def test_a_token_shows_its_numbers_alternatives_and_features() -> None:
         app.show(HISTORY[1])
         await pilot.pause()
         rows = app.rows()
-        assert rows[0] == "id 22626   p 0.62   entropy 1.9 bits"
+        assert rows[0] == "id 22626   p .62   entropy 1.9 bits"
         assert rows[1].startswith("instead: spans .11  [/]\ufffd .08  ↵ .04")
         assert rows[2].startswith("features on here")
         assert rows[3] == ">a 21863 Golden Gate, br.. ▇▇▇     12.4", "a bar of half the recorded max"

@@ -75,8 +75,9 @@ async def test_an_exact_strength_is_checked_before_it_is_taken(running: Running)
 
 async def test_completion_goes_on_with_one_text(running: Running) -> None:
     engine = FakeEngine(" there was")
+    engine.names[0] = "a label that is far too long for the line below the text, and so is cut where it says so"
     async with running(engine) as driver:
-        await driver.press("escape", "m")
+        await driver.press("escape", "m", "i")
         await driver.send("Once upon a time")
         await driver.send("")
         await driver.send(" a bridge")
@@ -86,8 +87,18 @@ async def test_completion_goes_on_with_one_text(running: Running) -> None:
             "Once upon a time there was there was a bridge",
         ]
         assert "You" not in driver.text
+        await driver.send("/paint 0")
+        assert "tok/s · painting 0 a label" in driver.text and ".. ─╯" in driver.text
         await driver.press("escape", "e")
         assert session_of(driver).document == "Once upon a time there was there was a bridge"
+
+
+async def test_the_key_that_changes_the_mode_changes_it_back(running: Running) -> None:
+    async with running() as driver:
+        await driver.press("escape", "m", "m")
+        assert session_of(driver).mode == "chat" and not driver.app.chat.prompt.text
+        await driver.press("m")
+        assert session_of(driver).mode == "completion" and driver.app.chat.transcript.has_focus
 
 
 async def test_history_and_new_lines_in_the_box(running: Running) -> None:
@@ -118,6 +129,11 @@ async def test_help_tells_keys_commands_and_how_add_and_bias_differ(running: Run
             assert part in text
         await driver.press("escape")
         assert driver.app.chat.panel.has_focus
+        await driver.press("escape", "question_mark")
+        assert (
+            isinstance(driver.app.screen, Help)
+            and "pageup                 Scroll a screenful" in driver.app.screen._text
+        )
 
 
 async def test_an_edit_at_the_hook_point_of_the_sae_is_one_of_its_features(running: Running) -> None:
@@ -171,7 +187,7 @@ async def test_a_small_terminal_asks_for_room_and_keeps_running(running: Running
 async def test_panes_are_sheets_where_only_one_fits(running: Running) -> None:
     async with running(size=(80, 24)) as driver:
         await driver.send("hello")
-        assert "' orange.' p.62" in driver.text, "the strip shows the last token"
+        assert "' orange.' p .62" in driver.text, "the strip shows the last token"
         await driver.press("escape", "t")
         assert "entropy" in driver.text and "You" not in driver.text
         await driver.pilot.resize_terminal(160, 40)

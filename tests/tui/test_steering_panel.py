@@ -63,6 +63,10 @@ class Host(App[None]):
     def open(self, message: SteeringPanel.Open) -> None:
         self.got.append(("open", message.latent))
 
+    @on(SteeringPanel.Missed)
+    def missed(self) -> None:
+        self.got.append(("missed", None))
+
     @on(SteeringPanel.Resend)
     def resend(self) -> None:
         self.got.append(("resend", None))
@@ -148,11 +152,13 @@ async def test_muting_removing_and_moving_keep_the_cursor_sensible() -> None:
         assert app.panel.edit.latent == 3
         await pilot.press("W")
         assert app.sets[-1].special_tokens
-        await pilot.press("delete", "delete", "delete")
-        assert app.sets[-1].edits == ()
-        for key in ["right", "a", "minus", "0", "w", "space", "enter", "equals_sign", "shift+up", "down"]:
+        await pilot.press("delete", "delete")
+        assert app.sets[-1].edits == () and app.got == []
+        told = len(app.sets)
+        keys = ["right", "a", "minus", "0", "w", "space", "enter", "equals_sign", "shift+up", "down", "delete"]
+        for key in keys:
             await pilot.press(key)
-        assert app.got == []
+        assert app.got == [("missed", None)] * len(keys) and len(app.sets) == told
 
 
 async def test_keys_pressed_before_the_set_comes_back_add_up() -> None:
@@ -208,7 +214,7 @@ async def test_rows_draw_each_kind_its_own_way() -> None:
         scale = rows_of(app, steering("scale 1 0.5"))
         assert scale[1] == "     x 0.5 its own activation"
         outside = rows_of(app, steering("1 3x"))
-        assert outside[1].endswith("O +2>")
+        assert outside[1].endswith("=O\u2192+2") and rows_of(app, steering("1 -3x"))[1].startswith("  -2\u2190O=")
         unknown = rows_of(app, steering("9 20%"))
         assert "-100% " in unknown[1] and unknown[2] == "     +20% of |x|   a 8.0"
         absent = rows_of(app, steering("99 8"))
@@ -264,8 +270,33 @@ async def test_the_total_counts_live_edits_and_warns_in_words() -> None:
         assert "total  70% of |x|   over 60% text tends to fall apart" in rows
         await pilot.press("space")
         assert "total  40% of |x|" in app.rows()
-        app.panel.show(steering("1 30%"), labels=LABELS, readouts=readout, report=None, resid_total=61.0)
-        assert any(row.startswith("total  61% of |x|   over 60%") for row in app.rows())
+
+
+async def test_what_the_guard_weakens_is_shown_as_it_acts() -> None:
+    app = Host()
+    async with app.run_test(size=(39, 24)) as pilot:
+        await pilot.pause()
+
+        def rows(factor: float, writing: bool) -> list[str]:
+            edits = steering("1 +1x", "clamp 2 1x")
+            app.panel.show(edits, labels=LABELS, readouts=readout, report=None, factor=factor, writing=writing)
+            return app.rows()
+
+        full, weak, after = rows(1.0, True), rows(0.25, True), rows(0.25, False)
+        assert weak[0].endswith("add x 0.25") and weak[2] == "     +0.25 x max   a 3.0   8% of |x|"
+        assert (full[1].count("="), weak[1].count("=")) == (6, 2) and weak[1].index("O") == full[1].index("O")
+        assert weak[3].endswith("clamp x 0.25") and weak[5] == full[5], "a clamp still goes to its value"
+        assert "total  55% of |x|" in full and "total  14% of |x|" in weak
+        assert after[:6] == full[:6] and "guard  x 0.25 when the last reply ended" in after
+
+
+@pytest.mark.parametrize(("height", "spaced"), [(14, False), (18, True)])
+async def test_hints_stay_where_rows_between_edits_would_push_them_out(height: int, spaced: bool) -> None:
+    app = Host()
+    async with app.run_test(size=(78, height)) as pilot:
+        await pilot.pause()
+        rows = rows_of(app, steering("1 +1x", "2 -1x"))
+        assert any(row.endswith("R send again") for row in rows) and (rows[3] == "") == spaced
 
 
 async def test_an_empty_set_says_how_to_add_a_feature() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from textual.events import Paste
 
 from steer.edits import Edit, SteeringSet
-from steer.events import CONTROL, EditReport, Finished, Report
+from steer.events import CONTROL, Carried, EditReport, Finished, Report
 from steer.store import Store
 from steer.tui.dialogs import Confirm
+from steer.tui.status import edits_acted
 from tests.tui.conftest import Driver, Running, session_of, until_held
 from tests.tui.fake_engine import BOOM, CONTEXT, HOLD, SPLIT, FakeEngine
 
@@ -49,6 +50,22 @@ async def test_the_header_says_steered_from_the_report_alone(running: Running) -
         assert "steered" not in driver.app.chat.transcript.sections[1].title
 
 
+def test_edits_of_one_latent_are_counted_each_and_one_that_was_moved_once() -> None:
+    def acted(*sets: str, nowhere: str = "") -> int:
+        texts = {text for one in sets for text in one.split(", ")}
+        edits = tuple(EditReport(text, 0 if text == nowhere else 9, 0.0, 1.0) for text in texts)
+        return edits_acted(
+            Report(3, 3, edits, carried=tuple(Carried(n, tuple(s.split(", "))) for n, s in enumerate(sets)))
+        )
+
+    assert acted("7 +1x, 7 +3x") == 2
+    assert acted("7 +1x", "7 +2x", "7 +3x") == 1
+    assert acted("7 +1x, 7 +3x", "7 +1.1x, 7 +3x", "7 +3x") == 2
+    assert acted("7 +1x", "8 +1x") == 2
+    assert acted("7 +1x, 7 +3x", nowhere="7 +3x") == 1
+    assert edits_acted(Report(3, 3, (EditReport("7 +1x", 9, 0.0, 1.0),))) == 1
+
+
 async def test_keys_change_the_strength_while_the_reply_streams(running: Running) -> None:
     engine = FakeEngine(["one", HOLD, " two"])
     async with running(engine) as driver:
@@ -66,6 +83,35 @@ async def test_keys_change_the_strength_while_the_reply_streams(running: Running
         assert [str(steering.edits[0]) for steering in engine.sets] == ["0 +1x", "0 +1.1x"]
         reply = session_of(driver).turns[1].reply
         assert reply is not None and [place for place, _ in reply.timeline] == [0, 2]
+
+
+async def test_the_pane_shows_what_the_guard_leaves_of_an_edit_while_it_acts(running: Running) -> None:
+    engine = FakeEngine([f" w{n}" for n in range(12)] + [HOLD, " end"])
+    async with running(engine, steering=SteeringSet().add(Edit.parse("0 +1x"))) as driver:
+        await driver.send("/guard back-off")
+        await driver.send("go", wait=False)
+        await until_held(driver, engine)
+        assert "add x 0.75" in driver.text and "+0.75 x max" in driver.text
+        assert "KL 2.5, over the line, edits x 0.75" in driver.text
+        engine.go.set()
+        await driver.settle()
+        assert "+1.00 x max" in driver.text and "x 0.75 when the last reply ended" in driver.text
+        await driver.send("/guard off")
+        engine.script = ["fine"]
+        await driver.send("go on")
+        assert "when the last reply ended" not in driver.text
+
+
+async def test_keys_on_an_empty_steering_pane_say_that_there_is_nothing_to_change(running: Running) -> None:
+    async with running(size=(80, 24)) as driver:
+        await driver.send("hello")
+        await driver.press("escape", "r", "s", "right")
+        assert "no feature is steered" in driver.says() and driver.says() in driver.text
+        await driver.press("escape", "i")
+        await driver.send("/steer 0 +1x")
+        await driver.press("escape", "s", "right")
+        assert "no feature" not in driver.says() and str(session_of(driver).steering.edits[0]) == "0 +1.05x"
+        assert "step  = exact" in driver.text, "the footer has the keys of the pane"
 
 
 async def test_escape_stops_then_leaves_the_box_then_closes_the_sheet(running: Running) -> None:
