@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -129,7 +130,7 @@ class CompareScreen(Screen[None]):
         self.stop()
 
     def on_resize(self, event: Resize) -> None:
-        self.draw()
+        self.call_after_refresh(self.draw)  # which asks how much room there is
 
     # Writing
 
@@ -197,13 +198,9 @@ class CompareScreen(Screen[None]):
     # Drawing
 
     @property
-    def other(self) -> Side:
-        """The side without the focus."""
-        return self.sides[0 if self.focused is not self.sides[0] else 1]
-
-    @property
     def here(self) -> Side:
-        return self.sides[1 if self.focused is not self.sides[0] else 0]
+        """The side that has, or had, the focus."""
+        return self.sides[0 if self.focused is self.sides[0] else 1]
 
     def draw(self) -> None:
         """Draws everything but the replies' text."""
@@ -218,15 +215,17 @@ class CompareScreen(Screen[None]):
         self._draw_titles()
         self._draw_changed()
         self._draw_under()
-        keys = [("Esc", "stop" if self.writing else "chat"), ("r", "again"), ("S", "new seed"), ("[ ]", "strength")]
-        keys += [("e", "next edit")] if len(edits) > 1 else []
-        keys += [("n", "difference"), ("Tab", "side"), ("w", "paint"), ("y", "copy"), ("x", "export"), ("?", "help")]
+        keys = [("Esc", "stop" if self.writing else "chat"), ("?", "help")]
+        if self.trial is not None:
+            keys += [("r", "again"), ("S", "new seed"), *([("[ ]", "strength")] if edits else [])]
+            keys += [("e", "next edit")] if len(edits) > 1 else []
+            keys += [("n", "difference"), ("Tab", "side"), ("w", "paint"), ("y", "copy"), ("x", "export")]
         self.query_one("#footer", Static).update(status.keys_line(keys, width))
 
     def _draw_asked(self) -> None:
         messages = self.prompt.messages
         if self.prompt.text is not None:
-            said, about = self.prompt.text, "a text to go on from"
+            said, about = end_of(self.prompt.text, self.app.size.width - 4), "a text to go on from"
         else:
             said = messages[-1][1]
             before = len([role for role, _ in messages if role != "system"]) - 1
@@ -239,10 +238,9 @@ class CompareScreen(Screen[None]):
 
     def _draw_titles(self) -> None:
         for side, name, place in zip(self.sides, ("Baseline", "With the edits"), (0, 1), strict=True):
-            told = status.reply_status(self.trial.replies[place]) if self.trial else ""
-            side.border_title = palette.title(f"{name}  {told}")
-            # Where no border has room for it below, the title is all.
-            side.border_subtitle = palette.title("more below" if side.more_below else "")
+            told = status.reply_status(self.trial.replies[place]).split("  ") if self.trial else []
+            more = ["more below"] if side.more_below else []
+            side.border_title = palette.title(" · ".join([name, *more, *(t for t in told if not t.endswith("tok/s"))]))
 
     def _draw_changed(self) -> None:
         box, self._told = self.query_one("#changed", Static), time.monotonic()
@@ -256,8 +254,7 @@ class CompareScreen(Screen[None]):
         labels = self.chat.label([change.latent for change in found.changed])
         colourless = palette.is_colourless(self.app)
         text = changes(found, width, rows - len(lines), labels, self.chat.tags, colourless)
-        text.append(("\n" if text else "") + "\n".join(lines))
-        box.update(text)
+        box.update(Text("\n").join([*map(Text, lines), *([text] if text else [])]))
 
     def _draw_under(self) -> None:
         """The token under the cursor, its two strongest features, and how far the edits moved its distribution."""
@@ -339,7 +336,7 @@ class CompareScreen(Screen[None]):
 
     def action_beside(self) -> None:
         if (here := self.here.current) is not None:
-            other = self.other
+            other = self.sides[1 if self.here is self.sides[0] else 0]
             side_moves_to(other, here[1])
             other.focus()
 
@@ -372,6 +369,15 @@ class CompareScreen(Screen[None]):
 
     def action_help(self) -> None:
         self.chat.show_help()
+
+
+def end_of(text: str, width: int) -> str:
+    """The end of a text on one line, in at most `width` cells."""
+    text = palette.line(text)
+    start = max(len(text) - width, 0)
+    while cell_len(text[start:]) > width - 2 * (start > 0):
+        start += 1
+    return ".." * (start > 0) + text[start:]
 
 
 def side_moves_to(side: Side, place: int) -> None:
