@@ -129,6 +129,7 @@ async def test_what_cannot_be_compared_is_one_sentence_in_the_chat(running: Runn
     async with running(engine, steering=SET) as driver:
         await driver.press("escape", "d")
         assert "there is no message to answer" in driver.says()
+        await driver.press("i")
         await driver.send("/complete")
         await driver.send("/compare")
         assert "there is no text to go on from" in driver.says()
