@@ -208,8 +208,8 @@ class CompareScreen(Screen[None]):
         edits, chosen = session.steering.edits, self.chat.panel.edit
         at = f"{palette.TAGS[self.chat.panel.selected : self.chat.panel.selected + 1]} of {len(edits)}: "
         right = f"{at if len(edits) > 1 else ''}{chosen}" if chosen is not None else "no edit"
-        drawn = f"seed {self.seed}, T {session.sampling.temperature:g}, at most {session.max_tokens} tokens"
-        right = palette.fit(right, min(len(right), max(width - len(drawn) - 24, 12)))
+        drawn = f"seed {self.seed}, T {session.sampling.temperature:g}, {session.max_tokens} tokens"
+        right = palette.fit(right, min(len(right), max(width - len(drawn) - 17, 12)))
         self.query_one("#headline", Static).update(Text(status.spread(f"steer  Compare   {drawn}", right, width)))
         self._draw_asked()
         self._draw_titles()

@@ -200,12 +200,12 @@ def facts(trial: Trial, found: Comparison) -> list[str]:
         told = ["the replies are the same" if trial.complete else "no difference so far"]
     else:
         told = [f"first token that differs: {found.first_difference}", f"{found.same} of {both} agree"]
+    told.append(f"repeats {found.repeats:.0%}, was {found.baseline_repeats:.0%}")
     if found.kl is not None:
         told.append(f"KL {found.kl:.2f} nats a token")
     if found.perplexity is not None:
-        was = "" if math.isnan(found.baseline_perplexity) else f", baseline {found.baseline_perplexity:.1f}"
-        told.append(f"perplexity under the unsteered model {found.perplexity:.1f}{was}")
-    told.append(f"repeats {found.repeats:.0%}, baseline {found.baseline_repeats:.0%}")
+        was = "" if math.isnan(found.baseline_perplexity) else f", was {found.baseline_perplexity:.1f}"
+        told.append(f"perplexity to the unsteered model {found.perplexity:.1f}{was}")
     return told
 
 
