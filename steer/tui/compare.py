@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from steer.tui.chat import ChatScreen
 
 HERTZ = 20
-TELL = 0.5
+TELL = 1.0
 """Seconds between two looks at what changed while the replies are written: it reads all of both."""
 REPLY = "reply"
 """The one section of a side."""

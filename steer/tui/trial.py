@@ -154,7 +154,7 @@ class Trial:
     def entry(self, labels: Mapping[int, str]) -> dict[str, Any]:
         """All of it, ready for JSON."""
         found = self.compared()
-        return {
+        entry = {
             "prompt": self.prompt.text if self.prompt.text is not None else [list(one) for one in self.prompt.messages],
             "seed": self.seed,
             "sampling": asdict(self.sampling),
@@ -163,9 +163,9 @@ class Trial:
             "error": self.steering.error,
             "rows": [_row(name, reply) for name, reply in zip(ROWS, self.replies, strict=True)],
             "comparison": asdict(found)
-            | {"baseline_perplexity": _finite(found.baseline_perplexity)}
             | {"changed": [asdict(one) | {"label": labels.get(one.latent, "")} for one in found.changed]},
         }
+        return {key: _finite(value) for key, value in entry.items()}
 
 
 def _row(name: str, reply: Reply) -> dict[str, Any]:
@@ -184,8 +184,13 @@ def _row(name: str, reply: Reply) -> dict[str, Any]:
     }
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for: an edit may break the logits."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What changed, as lines

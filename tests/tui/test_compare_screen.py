@@ -218,6 +218,15 @@ async def test_escape_stops_first_and_goes_back_then(running: Running) -> None:
         assert isinstance(driver.app.screen, ChatScreen) and session_of(driver).mode == "completion"
 
 
+async def test_leaving_the_app_stops_it(running: Running) -> None:
+    engine = two(["one", HOLD, " two"], ["one", " two"])
+    async with running(engine, steering=SET) as driver:
+        screen = await held(driver, engine)
+        await driver.pilot.press("q")
+    assert screen.trial is not None and screen.trial.stop.is_set()
+    assert driver.app.return_code == 0
+
+
 async def test_a_trial_that_breaks_says_so(running: Running) -> None:
     engine = two(["one", BOOM])
     async with running(engine, steering=SET) as driver:
@@ -325,6 +334,16 @@ def test_while_both_are_written_only_what_both_have_is_compared() -> None:
     theirs += [TokenEvent(1, place, token, "") for place, token in enumerate((1, 2))]
     assert trial.compared().first_difference is None
     assert trial.differences() == [2]
+
+
+def test_numbers_that_are_none_are_null_in_the_file() -> None:
+    trial = Trial(Session(FakeEngine()), Prompt(text="x"), 0)
+    trial.replies[1].events.append(TokenEvent(1, 0, 5, "a", logprob=float("nan"), kl=float("inf"), surprisal=1.0))
+    entry = trial.entry({})
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+    told = entry["rows"][1]["tokens"][0]
+    assert (told["logprob"], told["kl"], told["surprisal"]) == (None, None, 1.0)
+    assert entry["comparison"]["baseline_perplexity"] is None
 
 
 def test_a_trial_keeps_the_pace_of_the_session_row_beside_row() -> None:
