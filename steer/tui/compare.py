@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -28,7 +29,7 @@ from steer.commands import Paint
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import Failed, Finished, PromptRead, TokenEvent, clean
 from steer.files import write_whole
-from steer.session import MAX_SEED, Reply
+from steer.session import MAX_SEED
 from steer.tui import palette, status
 from steer.tui.dialogs import ROOM, Ask, plain
 from steer.tui.token_view import TokenView
@@ -54,12 +55,18 @@ class Side(TokenView):
         Binding("enter", "screen.beside", "The same place on the other side"),
     ]
 
-    def fill(self, reply: Reply | None) -> None:
-        """Shows a reply from its start."""
+    def empty(self) -> None:
+        """Makes room for another reply."""
         self.clear()
         self.start(REPLY, "", role="user")
-        if reply is not None:
-            self.extend(REPLY, reply.events)
+
+    def colour(self, what: Paint, maxima: Callable[[int], float | None]) -> None:
+        self.paint(what if isinstance(what, int) else None, maxima, strongest=what == "strongest")
+
+    def go(self, place: int) -> None:
+        """Puts the cursor on a token, where the reply has come so far."""
+        if place < len(self.sections[0].events):
+            self.move_to(REPLY, place)
 
 
 class CompareScreen(Screen[None]):
@@ -83,12 +90,8 @@ class CompareScreen(Screen[None]):
         Binding("q", "app.quit", "Leave"),
     ]
 
-    class Arrived(Message):
-        """The first event of a trial is in its inbox, or its thread is done."""
-
-        def __init__(self, trial: Trial, *, last: bool) -> None:
-            super().__init__()
-            self.trial, self.last = trial, last
+    class Done(Message):
+        """The thread of the trial has left the engine."""
 
     def __init__(self, chat: ChatScreen) -> None:
         """`SteerError` when there is no prompt, or a reply of the chat is still written."""
@@ -142,12 +145,8 @@ class CompareScreen(Screen[None]):
         self.say("")
         self.trial = None if nothing(self.chat.session.steering) else Trial(self.chat.session, self.prompt, self.seed)
         for side in self.sides:
-            side.fill(None)
-            side.paint(
-                self.painting if isinstance(self.painting, int) else None,
-                self.chat.maximum,
-                strongest=self.painting == "strongest",
-            )
+            side.empty()
+            side.colour(self.painting, self.chat.maximum)
         if self.trial is not None:
             self.writing = True
             self.timer.resume()
@@ -156,19 +155,15 @@ class CompareScreen(Screen[None]):
 
     def _write(self, trial: Trial) -> None:
         """Runs in a worker thread."""
-        self.post_message(self.Arrived(trial, last=False))
         trial.write()
-        self.post_message(self.Arrived(trial, last=True))
+        self.post_message(self.Done())
 
-    def on_compare_screen_arrived(self, event: Arrived) -> None:
-        if event.trial is not self.trial:
-            return
+    def on_compare_screen_done(self) -> None:
         self.drain()
-        if event.last:
-            self.timer.pause()
-            self.writing = False
-            again, self._again = self._again, False
-            self.begin() if again else self.draw()
+        self.timer.pause()
+        self.writing = False
+        again, self._again = self._again, False
+        self.begin() if again else self.draw()
 
     def drain(self) -> None:
         """Takes all that has arrived and draws it once."""
@@ -315,10 +310,9 @@ class CompareScreen(Screen[None]):
         around: list[Paint] = [*session.steering.places(session.engine.info.hook), "strongest", None]
         here = around.index(self.painting) if self.painting in around else -1
         self.painting = around[(here + 1) % len(around)]
-        latent = self.painting if isinstance(self.painting, int) else None
         for side in self.sides:
-            side.paint(latent, self.chat.maximum, strongest=self.painting == "strongest")
-        if latent is not None:
+            side.colour(self.painting, self.chat.maximum)
+        if isinstance(latent := self.painting, int):
             self.say(f"painted by {self.chat.tags.get(latent, '')} {latent} {self.chat.label([latent])[latent]}")
         else:
             self.say("painted by the strongest feature of each token" if self.painting else "nothing is painted")
@@ -332,12 +326,12 @@ class CompareScreen(Screen[None]):
         at = self.here.cursor[1] if self.here.cursor is not None else -1
         ahead = [place for place in places[::step] if (place - at) * step > 0]
         for side in self.sides:
-            side_moves_to(side, (ahead or places[::step])[0])
+            side.go((ahead or places[::step])[0])
 
     def action_beside(self) -> None:
         if (here := self.here.current) is not None:
             other = self.sides[1 if self.here is self.sides[0] else 0]
-            side_moves_to(other, here[1])
+            other.go(here[1])
             other.focus()
 
     def action_copy(self) -> None:
@@ -378,9 +372,3 @@ def end_of(text: str, width: int) -> str:
     while cell_len(text[start:]) > width - 2 * (start > 0):
         start += 1
     return ".." * (start > 0) + text[start:]
-
-
-def side_moves_to(side: Side, place: int) -> None:
-    """Puts a side's cursor on a token, where the side has come so far."""
-    if place < len(side.sections[0].events):
-        side.move_to(REPLY, place)
