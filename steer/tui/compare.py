@@ -143,7 +143,7 @@ class CompareScreen(Screen[None]):
             self._again = self.stop()
             return
         self.say("")
-        self.trial = None if nothing(self.chat.session.steering) else Trial(self.chat.session, self.prompt, self.seed)
+        self.trial = None if self.problem else Trial(self.chat.session, self.prompt, self.seed)
         for side in self.sides:
             side.empty()
             side.colour(self.painting, self.chat.maximum)
@@ -191,6 +191,11 @@ class CompareScreen(Screen[None]):
         return self.writing
 
     # Drawing
+
+    @property
+    def problem(self) -> str:
+        """Why there is nothing to compare; empty when there is."""
+        return nothing(self.chat.session.steering, self.chat.session.engine.info.hook)
 
     @property
     def here(self) -> Side:
@@ -242,7 +247,7 @@ class CompareScreen(Screen[None]):
         box.border_title = palette.title("What changed: mean activation with the edits, less the baseline's")
         width, rows = max(self.app.size.width - 4, 8), max(box.size.height, 3)
         if self.trial is None:
-            box.update(Text("\n".join(palette.wrapped(nothing(self.chat.session.steering), width))))
+            box.update(Text("\n".join(palette.wrapped(self.problem, width))))
             return
         found = self.trial.compared()
         lines = packed(facts(self.trial, found), width)

@@ -50,7 +50,7 @@ def last_prompt(session: Session) -> Prompt:
     return Prompt(messages=head + tuple((turn.role, turn.content) for turn in turns if turn.content))
 
 
-def nothing(steering: SteeringSet) -> str:
+def nothing(steering: SteeringSet, hook: str | None) -> str:
     """Why a set leaves nothing to compare, and what to do about it; empty when it acts."""
     if steering.bypass and (steering.edits or steering.error == "drop"):
         return "There is nothing to compare: bypass is on, so no edit acts. Esc, then b turns it off."
@@ -60,6 +60,8 @@ def nothing(steering: SteeringSet) -> str:
         return (
             "There is nothing to compare: every edit is muted. Esc, then s goes to the set, where space lets one act."
         )
+    if hook is None:
+        return "There is nothing to compare: this model runs without an SAE, and the set has no /vector."
     return (
         "There is nothing to compare: no feature is steered. Esc goes back to the chat; there f finds a feature, Enter "
         "on one in Token steers it, and /steer LATENT +0.5x does it by number."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ async def test_without_an_edit_it_says_how_to_steer(running: Running, prepare: t
         assert isinstance(driver.app.screen, CompareScreen) and not engine.batches
         await driver.press("escape")
         assert isinstance(driver.app.screen, ChatScreen)
+
+
+async def test_without_an_sae_no_feature_is_promised(running: Running) -> None:
+    engine = FakeEngine("a b")
+    engine.info = replace(engine.info, hook=None, latents=0)
+    async with running(engine) as driver:
+        await compared(driver)
+        assert "this model runs without an SAE" in driver.text and "finds a feature" not in driver.text
 
 
 async def test_the_error_dropped_can_be_compared(running: Running) -> None:
