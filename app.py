@@ -33,6 +33,7 @@ from steer.session import EngineLike, Session
 from steer.store import Store
 from steer.tui.ascii import Ascii
 from steer.tui.chat import ChatScreen
+from steer.tui.compare import CompareScreen
 from steer.tui.features import FeaturesScreen
 
 WIDTHS = [(0, "-thin"), (60, "-narrow"), (100, "-normal"), (160, "-wide")]
@@ -46,7 +47,7 @@ class Registry(Provider):
     def _run(self, command: commands.Command) -> None:
         app = self.app
         assert isinstance(app, SteerApp)
-        if isinstance(app.screen, FeaturesScreen):
+        if isinstance(app.screen, FeaturesScreen | CompareScreen):
             app.pop_screen()
         if command.needs_args:
             app.chat.action_type()
@@ -161,7 +162,7 @@ class SteerApp(App[int]):
             self.exit(int(ExitCode.INTERRUPTED), return_code=int(ExitCode.INTERRUPTED))
         elif isinstance(self.focused, TextArea) and self.focused.selected_text:
             self.focused.action_copy()
-        elif not self.chat.stop():
+        elif not (self.screen if isinstance(self.screen, CompareScreen) else self.chat).stop():
             self.chat.say("Ctrl+Q leaves")
 
 

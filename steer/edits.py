@@ -3,7 +3,7 @@
     [KIND] LATENT [VALUE] [if on] [when OTHER > X] [on PLACE] [for N tokens] [ramp N] [decay N] [at HOOK]
     vector FILE VALUE [...]
 
-`21863 +1.1x` adds, `clamp 4410 0`, `ablate 77`, `vector kind.safetensors 30%`, `clamp 4410 0 when 902 > 2 on generated
+`2229 +0.4x` adds, `clamp 4410 0`, `ablate 77`, `vector kind.safetensors 30%`, `clamp 4410 0 when 902 > 2 on generated
 decay 20`. What is printed parses back to the same edit. A strength keeps number and unit as typed; the engine resolves
 it when the set meets its SAE. The deltas these stand for are in `sae/intervene.py`, where and when they act in
 `sae/gate.py`.

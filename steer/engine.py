@@ -317,7 +317,7 @@ class Engine:
         max_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Completion:
-        """One whole reply to `prompt`, steered by edits as they are written on the command line (`"21863 +1.1x"`)."""
+        """One whole reply to `prompt`, steered by edits as they are written on the command line (`"2229 +0.4x"`)."""
         ask = Prompt(messages=(("user", prompt),)) if chat else Prompt(text=prompt)
         chosen = SteeringSet(tuple(Edit.parse(edit) for edit in edits))
         tokens: list[TokenEvent] = []

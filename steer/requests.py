@@ -1,6 +1,6 @@
 """A request as one line of JSON: a prompt or messages, and what of the run's own options it replaces.
 
-    {"id": "a", "prompt": "Once", "edits": ["21863 +1.1x"], "seed": 7, "max_tokens": 64, "temperature": 0.9}
+    {"id": "a", "prompt": "Once", "edits": ["2229 +0.4x"], "seed": 7, "max_tokens": 64, "temperature": 0.9}
     {"id": 2, "messages": [{"role": "user", "content": "hi"}], "system": "Be brief.", "meta": {"from": "set 3"}}
 
 Whatever is wrong with a line is a `SteerError` of that line. A key that is not known is one, so that no wish is passed

@@ -85,7 +85,7 @@ def run_controls(
     one that does not, or cannot run here. A word of the topic may be several, as `ice cream`.
     """
     if edit.kind != "add" or edit.latent is None or edit.strength is None:
-        raise SteerError(f"`{edit}` does not add to a latent", "controls are for edits as `21863 +1.1x`")
+        raise SteerError(f"`{edit}` does not add to a latent", "controls are for edits as `2229 +0.4x`")
     topic = [words for words in topic if words.strip()]
     if not topic:
         raise SteerError("the topic has no words", "give them as `--topic book,books,library`")

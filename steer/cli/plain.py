@@ -116,6 +116,9 @@ class PlainChat:
         for card in self.session.engine.search(words, 20):
             narrate(f"{card.latent:>7}  {clean_line(card.label)}")
 
+    def show_compare(self) -> None:
+        raise SteerError("a comparison needs the screens", "leave `--plain` out, or run `steer complete --compare`")
+
     def show_help(self) -> None:
         for command in COMMANDS:
             narrate(f"/{command.name} {command.args:<22} {command.help}")

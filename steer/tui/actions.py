@@ -20,10 +20,12 @@ from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import clean
 from steer.session import Reply, Session
 from steer.store import clean_name, export
+from steer.tui.compare import CompareScreen
 from steer.tui.dialogs import Ask, Choose, Confirm, Help, help_text
 
 if TYPE_CHECKING:
     from app import SteerApp
+    from steer.tui.chat import ChatScreen
 
 
 class Actions(Screen[None]):
@@ -105,6 +107,9 @@ class Actions(Screen[None]):
     def show_help(self) -> None:
         screen = self.app.screen
         self.app.push_screen(Help(help_text(screen, screen.focused)))
+
+    def show_compare(self) -> None:
+        self.app.push_screen(CompareScreen(cast("ChatScreen", self)))
 
     def _given(self, act: Callable[[str], None]) -> Callable[[str | None], None]:
         """What a dialog calls when it ends: `act` on what was given, nothing when it was left."""

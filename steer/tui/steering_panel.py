@@ -28,7 +28,7 @@ from steer.tui.palette import BOLD, DIM, PLAIN, Part
 from steer.tui.slider import FILLS, SCALES, Strengths, slider
 
 EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer LATENT +0.5x."
-LOUD = 60
+
 """Percent of the residual norm above which, all edits together, text tends to fall apart."""
 ROUND = ("all", "generated", "prompt", "assistant", "last")
 """The places that the key goes round; the others are typed."""
@@ -125,7 +125,7 @@ class SteeringPanel(Widget, can_focus=True):
         self.selected = 0
         """Place of the chosen edit."""
         self._labels: Mapping[int, str] = {}
-        self._strengths = Strengths(lambda _: None)
+        self.strengths = Strengths(lambda _: None)
         self._factor, self._writing = 1.0, False
         self._report: Report | None = None
         self._strips: list[Strip] = []
@@ -144,7 +144,7 @@ class SteeringPanel(Widget, can_focus=True):
         """Draws a set with the last reply's report. `factor` is what the guard multiplies that reply's edits by: now,
         where it is being written, else at its end."""
         grown = len(steering.edits) == len(self.steering.edits) + 1
-        self.steering, self._labels, self._strengths, self._report = steering, labels, Strengths(readouts), report
+        self.steering, self._labels, self.strengths, self._report = steering, labels, Strengths(readouts), report
         self._factor, self._writing = factor, writing
         last = len(steering.edits) - 1
         self.selected = last if grown else max(0, min(self.selected, last))
@@ -194,7 +194,7 @@ class SteeringPanel(Widget, can_focus=True):
             self._change(steering)
 
     def action_step(self, steps: int) -> None:
-        edit, strengths = self._asked(), self._strengths
+        edit, strengths = self._asked(), self.strengths
         if edit is not None and (value := strengths.value(edit)) is not None:
             step = 0.05 if edit.kind == "scale" else SCALES[strengths.unit(edit)].step
             self._put(strengths.typed(edit, value + steps * step))
@@ -207,7 +207,7 @@ class SteeringPanel(Widget, can_focus=True):
     def action_zero(self) -> None:
         edit = self._asked()
         if edit is not None and edit.strength is not None:
-            self._put(self._strengths.typed(edit, 0.0))
+            self._put(self.strengths.typed(edit, 0.0))
 
     def action_kind(self, kind: Kind) -> None:
         edit = self._asked()
@@ -216,7 +216,7 @@ class SteeringPanel(Widget, can_focus=True):
         if kind == edit.kind == "clamp":
             self._put(replace(edit, if_on=not edit.if_on))
         elif kind != edit.kind:
-            self._put(self._strengths.become(edit, kind))
+            self._put(self.strengths.become(edit, kind))
 
     def action_mute(self) -> None:
         if (edit := self._asked()) is not None:
@@ -315,7 +315,7 @@ class SteeringPanel(Widget, can_focus=True):
             (kind, BOLD + muted),
         ]
         rows = [head]
-        value = self._strengths.value(edit)
+        value = self.strengths.value(edit)
         if value is not None and edit.kind != "scale":
             rows.append([(self._slider(edit, value, width), muted)])
         timing = "  ".join(each for each in edit.clauses if each.split()[0] in ("when", "for", "ramp", "decay"))
@@ -330,7 +330,7 @@ class SteeringPanel(Widget, can_focus=True):
         return rows
 
     def _slider(self, edit: Edit, value: float, width: int) -> str:
-        unit, rates = self._strengths.unit(edit), self._strengths.rates(edit)
+        unit, rates = self.strengths.unit(edit), self.strengths.rates(edit)
         here = {"max": rates.of_max, "norm": rates.of_norm, "raw": 1.0}[unit]
         half = abs(50 / rates.of_norm * here) if rates.of_norm and here else None
         fill, acts = FILLS.get(edit.kind, ""), value * self._weakened(edit)
@@ -345,7 +345,7 @@ class SteeringPanel(Widget, can_focus=True):
             return "     contributes nothing" if edit.kind == "ablate" else "     nothing is left along it"
         if edit.kind == "scale":
             return f"     x {value:g} its own activation"
-        unit, readout, weakened = self._strengths.unit(edit), self._strengths.readout(edit), self._weakened(edit)
+        unit, readout, weakened = self.strengths.unit(edit), self.strengths.readout(edit), self._weakened(edit)
         lead, value = " pre " if edit.kind == "bias" else "     ", value * weakened
         shown = {"max": f"{value:+.2f} x max", "norm": f"{value:+.0f}% of |x|", "raw": f"{value:+.2f} raw"}[unit]
         text = lead + (shown if value else "0")
@@ -384,7 +384,7 @@ class SteeringPanel(Widget, can_focus=True):
 
     def total(self) -> float | None:
         """Percent of the residual norm of all live edits together, as if they pointed the same way; None if unknown."""
-        readouts = map(self._strengths.readout, self.steering.live)
+        readouts = map(self.strengths.readout, self.steering.live)
         sizes = [abs(readout.of_norm) for readout in readouts if readout is not None and readout.of_norm is not None]
         return sum(sizes) * self._acting if sizes else None
 

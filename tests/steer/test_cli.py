@@ -288,9 +288,9 @@ def test_plain_chat_answers_lines_and_runs_commands(steer: Steer, engine: FakeEn
 
 
 def test_plain_chat_goes_on_after_a_mistake_and_tells_it_at_the_end(steer: Steer, engine: FakeEngine) -> None:
-    ran = steer("chat", "--plain", stdin="/frobnicate\n/paint 3\nTOO LONG\nhi\n")
+    ran = steer("chat", "--plain", stdin="/frobnicate\n/paint 3\n/compare\nTOO LONG\nhi\n")
     assert (ran.code, ran.out) == (1, " one two three four five\n")
-    assert ran.err.count("error: ") == 3
+    assert ran.err.count("error: ") == 4 and "or run `steer complete --compare`" in ran.err
 
 
 def test_chat_json_is_one_event_a_line(steer: Steer, engine: FakeEngine) -> None:

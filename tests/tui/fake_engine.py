@@ -11,7 +11,9 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
+from itertools import zip_longest
 
 from steer.edits import Edit, SteeringSet
 from steer.errors import SteerError
@@ -77,6 +79,10 @@ class FakeEngine:
         self.prompts: list[Prompt] = []
         self.sets: list[SteeringSet] = []
         """What the steering set was at each token."""
+        self.steered_script: list[str] | None = None
+        """What a row of a batch says under a set that acts; None for the same as the others."""
+        self.batches: list[tuple[list[SteeringSet], list[int], list[int]]] = []
+        """Sets, seeds and watched rows of each batch."""
         self.names = dict(LABELS)
 
     def stream(
@@ -94,7 +100,10 @@ class FakeEngine:
         watch: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Event]:
-        assert callable(steering)
+        if not callable(steering):
+            self.batches.append((list(steering), list(seeds), list(watch)))
+            yield from self._rows(prompts, steering, sampling, seeds, max_tokens, stop, watch)
+            return
         prompt = prompts[0]
         self.prompts.append(prompt)
         text = prompt.text if prompt.text is not None else prompt.messages[-1][1]
@@ -142,6 +151,32 @@ class FakeEngine:
         )
         speed = text_out / max(time.monotonic() - started, 1e-6) if self.delay else 34.0
         yield Finished(0, finish, seeds[0], report, speed)  # type: ignore[arg-type]  # one of the three
+
+    def _rows(
+        self,
+        prompts: Sequence[Prompt],
+        sets: Sequence[SteeringSet],
+        sampling: Sampling | Sequence[Sampling],
+        seeds: Sequence[int],
+        max_tokens: int,
+        stop: threading.Event | None,
+        watch: Sequence[int],
+    ) -> Iterator[Event]:
+        """The rows of a batch in lockstep."""
+
+        def play(row: int, steering: SteeringSet) -> Iterator[Event]:
+            engine, seen = copy(self), (0,) if row in watch else ()
+            if steering.live and self.steered_script is not None:
+                engine.script = self.steered_script
+            options = {"sampling": sampling, "seeds": [seeds[row]], "max_tokens": max_tokens, "stop": stop}
+            for event in engine.stream([prompts[row]], lambda: steering, watch=seen, **options):  # type: ignore[arg-type]
+                yield event if isinstance(event, Failed) else replace(event, row=row)
+
+        for events in zip_longest(*(play(row, steering) for row, steering in enumerate(sets))):
+            for event in filter(None, events):
+                yield event
+                if isinstance(event, Failed):
+                    return
 
     def check(self, edit: Edit) -> None:
         if edit.latent is not None and edit.latent >= LATENTS:

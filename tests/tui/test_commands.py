@@ -15,6 +15,7 @@ from steer import commands
 from steer.commands import BY_NAME, COMMANDS
 from steer.errors import SteerError
 from steer.tui.chat import ChatScreen
+from steer.tui.compare import CompareScreen
 from steer.tui.dialogs import Ask, Choose, Help
 from steer.tui.features import FeaturesScreen
 from tests.tui.conftest import Running
@@ -48,7 +49,7 @@ SAMPLES = {
     "theme": "nord",
 }
 
-TALKED = {"regenerate", "undo", "copy", "export", "new"}
+TALKED = {"regenerate", "undo", "copy", "export", "new", "compare"}
 """The commands that need a reply to act on."""
 
 
@@ -76,6 +77,7 @@ async def test_every_command_runs_by_slash(running: Running, tmp_path: Path) -> 
         "token": lambda d: d.app.chat.inspector.has_focus,
         "features": lambda d: isinstance(d.app.screen, FeaturesScreen),
         "find": lambda d: isinstance(d.app.screen, FeaturesScreen) and [c.latent for c in d.app.screen.cards] == [0],
+        "compare": lambda d: isinstance(d.app.screen, CompareScreen) and d.app.screen.trial is not None,
         "paint": lambda d: d.app.chat.painting == 3,
         "mode": lambda d: d.app.session.mode == "completion",
         "complete": lambda d: d.app.session.mode == "completion",
