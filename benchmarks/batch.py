@@ -1,16 +1,18 @@
 """What `steer batch` gains: its tokens a second over one request at a time, and over static batches of its size.
 
-    python benchmarks/batch.py                     # a random Llama of 0.3 B parameters
+    python benchmarks/batch.py                     # a random Llama of 0.25 B parameters
     python benchmarks/batch.py --model demo        # the shipped model
 
 The same requests are answered in three ways, which take turns: one after another; in batches in the order of the file,
 each of which ends with its longest reply; and as `steer batch` does it (`steer.batch.write`), where the place of a
-reply that is done goes to the next request of a like length. Prompts have 4 to 64 words, and replies end at lengths
+reply that is done goes to the next request of a like length. Weights are bfloat16, and packed for several rows where
+the command packs them. Prompts have 4 to 64 words, and replies end at lengths
 drawn from an exponential distribution, as those of a model that stops do. Prints one JSON line for each way with the
 median and best of its tokens a second, and the ratio of the batch's median to it.
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -20,7 +22,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.resteer import demo_engine, random_engine
+from benchmarks.resteer import random_engine
+from llama_3.packed import pack_model
 from steer.batch import Row, groups, write
 from steer.edits import SteeringSet
 from steer.engine import Engine
@@ -29,6 +32,17 @@ from steer.requests import Request
 from steer.session import Prompt, Sampling
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "to", "big", "red", "house", "by", "sea"]
+
+
+def both(model: str) -> tuple[Engine, Engine]:
+    """The engine for one reply at a time, and that for several."""
+    if model == "demo":
+        return Engine.load(), Engine.load(many=True)
+    plain = random_engine(4096)
+    plain.model.to(torch.bfloat16)
+    packed = copy.deepcopy(plain.model)
+    pack_model(packed)
+    return plain, Engine(packed, plain.tokenizer, plain.sae)
 
 
 def requests(engine: Engine, count: int, mean: float, longest: int) -> list[Row]:
@@ -76,10 +90,10 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=192, help="length of the longest one")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    engine = (random_engine if arguments.model == "random" else demo_engine)(4096)
+    alone, engine = both(arguments.model)
     rows = requests(engine, arguments.requests, arguments.mean, arguments.longest)
     ways: dict[str, Callable[[], int]] = {
-        "one at a time": lambda: static(engine, rows, 1),
+        "one at a time": lambda: static(alone, rows, 1),
         "static batches": lambda: static(engine, rows, arguments.batch_size),
         "steer batch": lambda: continuous(engine, rows, arguments.batch_size),
     }

@@ -26,7 +26,8 @@ def lay(db: sqlite3.Connection, layer: Path | None) -> str:
             above = "SELECT * FROM layer.calibrations UNION ALL "
             own += " WHERE latent NOT IN (SELECT latent FROM layer.calibrations)"
     except (OSError, ValueError, sqlite3.Error) as error:
-        why = error if isinstance(error, ValueError) else f"`{layer}` cannot be read: {error}"
+        what = "it is damaged, or another program writes to it" if isinstance(error, sqlite3.Error) else error
+        why = error if isinstance(error, ValueError) else f"`{layer}` cannot be read: {what}"
         hint = "move it away, and `steer calibrate` begins a new one"
         notice = f"what was measured here is left out: {why}; {hint}"
     db.execute(f"CREATE TEMP VIEW calibration AS {above}{own}")
@@ -39,6 +40,6 @@ def _attach(db: sqlite3.Connection, layer: Path) -> bool:
     check_header(layer)
     db.execute("ATTACH ? AS layer", [f"file:{quote(str(layer.absolute()))}?mode=ro"])
     if db.execute("PRAGMA layer.quick_check(1)").fetchone() != ("ok",):
-        raise sqlite3.DatabaseError("it is damaged")
+        raise sqlite3.DatabaseError
     db.execute("SELECT latent, sweet, cliff, steerability, made, data FROM layer.calibrations LIMIT 0")
     return bool(db.execute(f"SELECT {_SAE.format('layer')} IS {_SAE.format('main')}").fetchone()[0])

@@ -8,7 +8,8 @@
     sort:steer  sort:max  sort:density largest first, in place of the best match
     is:unlabelled  is:labelled  is:edited (a person wrote the label)  is:dead (never active)  is:calibrated
 
-Terms are joined by AND. A term without letters or digits is looked for literally in the label.
+Terms are joined by AND. A term without letters or digits is looked for literally in the label. `foo:bar` is an unknown
+filter, and so a mistake; words with a colon behind them, as labels have them, are words.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from labels.errors import LabelError
 MOST_WORDS: Final = 32
 _WORD = re.compile(r"[^\W_]+")
 _FILTER = re.compile(r"(id|max|density|steer|sort|is):(.*)", re.DOTALL | re.IGNORECASE)
+_UNKNOWN = re.compile(r"([a-z]+):[\w<>=.]", re.IGNORECASE)
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)(%?)"
 _BOUND = re.compile(r"(>=|<=|>|<|=)" + _NUMBER)
 _RANGE = re.compile(_NUMBER + r"\.\." + _NUMBER)
@@ -48,6 +50,11 @@ class Query:
     order: str = ""
     """The column whose largest values come first; "" is the best match."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it finds only what was calibrated."""
+        return any("c." in condition for condition in self.conditions)
+
 
 def malformed(term: str, example: str) -> LabelError:
     """The error for a filter that cannot be read."""
@@ -60,6 +67,8 @@ def parse(text: str) -> Query:
     for term in unicodedata.normalize("NFC", plain(text)).split():
         if found := _FILTER.fullmatch(term):
             _FILTERS[found[1].lower()](term, found[2], query)
+        elif found := _UNKNOWN.match(term):
+            raise LabelError(f"`{found[1]}:` is no filter", f"filters are {', '.join(f'{name}:' for name in _FILTERS)}")
         elif pieces := _WORD.findall(term):
             words += pieces
         else:

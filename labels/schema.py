@@ -62,9 +62,13 @@ def mismatch(path: Path, done: Collection[str], missing: Collection[Migration], 
 
 def check_header(path: Path) -> None:
     """SQLite opens a file that was cut short and fails later, in the middle of a search; this looks first."""
-    with path.open("rb") as file:
-        header = file.read(100)
-        size = file.seek(0, 2)
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+            size = file.seek(0, 2)
+    except OSError as error:
+        why = f"the label index `{path}` cannot be read: {error.strerror or error}"
+        raise LabelError(why, "check the path; `steer label collect` makes one") from error
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise LabelError(f"`{path}` is not a label index", "`steer label collect` makes one")
     page = int.from_bytes(header[16:18], "big")

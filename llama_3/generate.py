@@ -294,7 +294,8 @@ def check_biases(logit_bias: Sequence[tuple[int, float]], model: Transformer) ->
     """ValueError for a biased token that the model does not have."""
     vocab_size = model.config.vocab_size
     if bad := [token for token, _ in logit_bias if token >= vocab_size]:
-        raise config_error(f"logit_bias names token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+        why = f"logit_bias names token {bad[0]}, outside the model's vocabulary of {vocab_size}"
+        raise config_error(why, f"ids of tokens go from 0 to {vocab_size - 1}")
 
 
 def _check_prompt(prompt: Sequence[int], before: int, sampling: Sampling, model: Transformer) -> None:

@@ -231,6 +231,11 @@ def _share(tokens: int) -> int:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
+def _unset(value: object) -> bool:
+    """Whether an option is as if it had not been typed."""
+    return value is None or value is False or value == []
+
+
 @dataclass(slots=True)
 class Progress:
     """What `OUT.progress` says."""
@@ -336,8 +341,9 @@ class Results:
     def _compare(self, before: Options, now: Options) -> None:
         for name in dict.fromkeys([*before, *now]):
             if before.get(name) != now.get(name):
-                was, given = (json.dumps(options.get(name)) for options in (before, now))
-                raise SteerError(f"{self.path} was begun with {name} {was}, and now it is {given}", self._anew())
+                was = f"without {name}" if _unset(before.get(name)) else f"with {name} {json.dumps(before[name])}"
+                given = "it is not given" if _unset(now.get(name)) else f"it is {json.dumps(now[name])}"
+                raise SteerError(f"{self.path} was begun {was}, and now {given}", self._anew())
 
     def _anew(self) -> str:
         return f"delete {self.path} to begin anew, or choose another name"

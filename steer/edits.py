@@ -11,6 +11,7 @@ it when the set meets its SAE. The deltas these stand for are in `sae/intervene.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import shlex
@@ -48,6 +49,9 @@ FORMULAS: dict[Kind, str] = {
 }
 """What each kind adds to the residual stream x; d is the latent's decoder direction, a its activation."""
 
+LOUD = 60
+"""Percent of the median residual norm above which, all edits together, text tends to fall apart."""
+
 GRAMMAR = "[KIND] LATENT [VALUE] [if on] [when OTHER > X] [on PLACE] [for N tokens] [ramp N] [decay N] [at HOOK]"
 _SUFFIX: dict[Unit, str] = {"raw": "", "max": "x", "norm": "%"}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(x|%)?", re.ASCII)
@@ -55,9 +59,31 @@ _LATENT = re.compile(r"[0-9]{1,18}")
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
-def _mistake(text: str, why: str) -> SteerError:
-    hint = f"write {GRAMMAR}, for example `21863 +1.1x` or `clamp 4410 0`"
-    return SteerError(f"`{clean(text)}` is no edit: {clean(why)}", hint)
+def _mistake(text: str, why: str, hint: str | None = None) -> SteerError:
+    hint = hint or f"write {GRAMMAR}, for example `2229 +0.4x` or `clamp 2005 0`"
+    return SteerError(f"`{clean(text)}` is no edit: {clean(why)}", clean(hint))
+
+
+def _no_latent(text: str, word: str) -> SteerError:
+    """The error for a word where a latent should stand: a misspelled kind, a number with more to it, what a feature is
+    called."""
+    if near := difflib.get_close_matches(word.lower(), KINDS, 1, 0.7):
+        hint = f"did you mean `{near[0]}`?"
+    elif word[:1].isdigit():
+        hint = "a latent is a whole number, and a space stands before its strength: `2229 +0.4x`"
+    elif word[:1] in "+-":
+        hint = "a latent is a number from 0, its strength comes after it: `2229 +0.4x`"
+    else:
+        hint = f"a latent is a number: `steer features search {shlex.quote(word)}` finds those of a word"
+    return _mistake(text, f"`{word}` is no latent", hint)
+
+
+def _no_place(text: str, place: str) -> SteerError:
+    """The error for what is no place."""
+    match = _RANGE.fullmatch(place)
+    why = f"`{place}` is no place" + (": its first position is after its last" if match else "")
+    hint = f"write `on {match[2]}..{match[1]}`" if match else f"places are {', '.join(PLACES)} and ranges as 4..9"
+    return _mistake(text, why, hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +152,30 @@ class Edit:
 
     def __post_init__(self) -> None:
         text, unit = self._head(), self.strength.unit if self.strength else "raw"
-        for wrong, why in (
-            ((self.latent is None) != (self.kind == "vector"), "a latent is a number from 0"),
-            (self.latent is not None and self.latent < 0, "a latent is a number from 0"),
+        number, file = "a latent is a number from 0", "the file is missing" if not self.file else "no file goes here"
+        value = {"scale": "2", "vector": "30%"}.get(self.kind, "0.4x")
+        for wrong, why, hint in (
+            ((self.latent is None) != (self.kind == "vector") or (self.latent or 0) < 0, number, None),
+            (bool(self.file) != (self.kind == "vector"), file, "write `vector FILE VALUE`"),
+            (self.strength is not None and self.kind in VALUELESS, f"{self.kind} takes no value", "leave it out"),
             (
-                bool(self.file) != (self.kind == "vector"),
-                "the file is missing" if not self.file else "no file goes here",
+                self.strength is None and self.kind not in VALUELESS,
+                f"{self.kind} needs a value",
+                f"as `{text} {value}`",
             ),
-            (self.strength is not None and self.kind in VALUELESS, f"{self.kind} takes no value"),
-            (self.strength is None and self.kind not in VALUELESS, f"{self.kind} needs a value"),
-            (self.kind == "scale" and unit != "raw", "scale takes a plain factor"),
-            (self.kind == "vector" and unit == "max", "a vector has no recorded max"),
-            (self.if_on and self.kind != "clamp", "`if on` goes with clamp"),
-            (self.place not in PLACES and span_of(self.place) is None, f"`{self.place}` is no place"),
-            (self.when is not None and self.when.above.unit == "norm", "a condition is raw or a share of max"),
+            (self.kind == "scale" and unit != "raw", "scale takes a plain factor", f"as `scale {self.latent} 2`"),
+            (self.kind == "vector" and unit == "max", "a vector has no recorded max", "write `13.6` (raw) or `30%`"),
+            (self.if_on and self.kind != "clamp", "`if on` goes with clamp", f"as `clamp {self.latent} 0 if on`"),
+            (
+                self.when is not None and self.when.above.unit == "norm",
+                "a condition is raw or a share of max",
+                "as `when 902 > 2` or `when 902 > 0.5x`",
+            ),
         ):
             if wrong:
-                raise _mistake(text, why)
+                raise _mistake(str(self), why, hint)
+        if self.place not in PLACES and span_of(self.place) is None:
+            raise _no_place(str(self), self.place)
         for name, count in (("for", self.lasts), ("ramp", self.ramp), ("decay", self.decay)):
             if count is not None and not 1 <= count <= 10**9:
                 raise _mistake(f"{text} {name} {count}", f"{name} takes a whole number of tokens from 1")
@@ -162,7 +195,7 @@ class Edit:
         elif words and _LATENT.fullmatch(words[0]):
             latent = int(words.pop(0))
         else:
-            raise _mistake(text, f"`{words[0]}` is no latent" if words else "the latent is missing")
+            raise _no_latent(text, words[0]) if words else _mistake(text, "the latent is missing")
         strength = Strength.parse(words.pop(0)) if words and words[0] not in _CLAUSES else None
         clauses: dict[str, object] = {}
         while words:
@@ -213,6 +246,7 @@ _SAID = {
     "decay": "decay",
     "hook": "at",
 }
+_WHEN = "for example `when 902 > 2`"
 _CLAUSES = frozenset(said.split()[0] for said in _SAID.values())
 
 
@@ -233,12 +267,14 @@ def _clause(text: str, words: list[str]) -> tuple[str, object, list[str]]:
     match words:
         case ["if", "on", *rest]:
             return "if_on", True, rest
+        case ["when", *_] if sign := re.match("when [^<>=!]*(> ?=|<=?|[=!]=?)", " ".join(words)):
+            raise _mistake(text, f"a condition knows `>` alone, and no `{sign[1]}`".replace("> =", ">="), _WHEN)
         case ["when", other, ">", above, *rest]:
             if not _LATENT.fullmatch(other):
-                raise _mistake(text, f"`{other}` is no latent")
+                raise _no_latent(text, other)
             return "when", Condition(int(other), Strength.parse(above)), rest
         case ["when", *_]:
-            raise _mistake(text, "a condition reads `when OTHER > X`")
+            raise _mistake(text, "a condition reads `when OTHER > X`", _WHEN)
         case ["on", place, *rest]:
             return "place", place, rest
         case ["at", hook, *rest]:
@@ -249,7 +285,8 @@ def _clause(text: str, words: list[str]) -> tuple[str, object, list[str]]:
             if name == "for" and rest[:1] in (["tokens"], ["token"]):
                 rest = rest[1:]
             return {"for": "lasts"}.get(name, name), int(count), rest
-    raise _mistake(text, f"`{' '.join(words)}` was not understood")
+    near = difflib.get_close_matches(words[0], _CLAUSES, 1, 0.6)
+    raise _mistake(text, f"`{' '.join(words)}` was not understood", f"did you mean `{near[0]}`?" if near else None)
 
 
 def span_of(place: str) -> tuple[int, int] | None:
@@ -261,7 +298,8 @@ def span_of(place: str) -> tuple[int, int] | None:
 def check_latent(latent: int, count: int) -> None:
     """`SteerError` when an SAE of so many latents has no such one."""
     if not 0 <= latent < count:
-        raise SteerError(f"there is no latent {latent}: this SAE has {count}, from 0")
+        hint = "`steer features search WORDS` finds latents by their labels"
+        raise SteerError(f"there is no latent {latent}: this SAE has {count}, from 0", hint)
 
 
 @dataclass(frozen=True, slots=True)

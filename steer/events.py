@@ -27,6 +27,11 @@ def clean_line(text: str) -> str:
     return " ".join(clean(text).split())
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 line`, `2 lines`: a number with what it counts."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class LatentHit:
     """A latent that was active on a token."""

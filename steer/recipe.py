@@ -33,6 +33,8 @@ FORMAT, VERSION = "steer-recipe", 1
 LARGEST = 1 << 20
 """Bytes; a recipe of a thousand edits has a tenth of it."""
 
+_OTHERS = "`steer recipe import` makes a recipe of what other tools wrote"
+
 Table = dict[str, Any]
 T = TypeVar("T")
 
@@ -172,9 +174,9 @@ class Recipe:
         try:
             data = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
-            raise SteerError(f"it is no TOML: {sentence(error)}") from error
+            raise SteerError(f"it is no TOML: {sentence(error)}", _OTHERS) from error
         if data.pop("format", None) != FORMAT:
-            raise SteerError(f'it does not say `format = "{FORMAT}"`', "`steer recipe import` reads what others wrote")
+            raise SteerError(f'it does not say `format = "{FORMAT}"`', _OTHERS)
         version = data.pop("version", None)
         if type(version) is not int or not 1 <= version <= VERSION:
             raise SteerError(f"its version is {_shown(version)}, this steer reads up to {VERSION}", "update steer")
@@ -272,7 +274,7 @@ def _line(data: Table, number: int) -> Line:
     muted = _typed(data.pop("muted", False), bool, f"`muted` of {where}")
     written = _typed(data.pop("edit", ""), str, f"`edit` of {where}")
     if not written:
-        raise SteerError(f"{where} does not say `edit`", 'write `edit = "21863 +1.1x"`')
+        raise SteerError(f"{where} does not say `edit`", 'write `edit = "2229 +0.4x"`')
     return _build(Line, data, where, edit=replace(Edit.parse(written), muted=muted))
 
 

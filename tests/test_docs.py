@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from benchmarks.recipes import SWITCHES
-from steer.cli import app
+from steer.cli import register
 from train.config import TrainConfig, kinds, parse_settings, typed
 from train.presets import PRESETS
 from train.recipe import Arch
@@ -18,7 +18,7 @@ from train.sweep import parse_sweep
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale")),
+    *(f"docs/{name}.md" for name in ("training", "recipes", "llama-3.2", "scale", "calibration")),
     *(f"docs/{name}.md" for name in ("steering", "steering-recipes", "why", "doctor", "contrast", "batch")),
 )
 COMMAND = re.compile(r"^(?:steer|.*?torchrun .*?-m steer) (?!= )(.+)$", re.DOTALL)
@@ -57,7 +57,7 @@ def test_the_documents_hold_every_step(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "call"), CALLS, ids=[" ".join(call)[:60] for _, call in CALLS])
 def test_a_command_parses(name: str, call: list[str]) -> None:
-    command, arguments = typer.main.get_command(app), list(call)
+    command, arguments = typer.main.get_command(register()), list(call)
     while arguments and arguments[0] in getattr(command, "commands", {}):
         command = command.commands[arguments.pop(0)]  # type: ignore[attr-defined]  # a group, as was just seen
     assert command.name != "steer" or not call or call == ["--version"], call

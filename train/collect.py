@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -185,14 +186,15 @@ def logit_effects(
         head_VD = head_VD - head_VD.mean(dim=0)
         point = HookPoint.parse(sae.config.hook)
         if point.site == "attn_z":
-            head_VD = head_VD @ model.get_parameter(f"blocks.{point.layer}.attention.out.weight").float()
-        for start in range(0, sae.config.d_sae, 256):
+            head_VD = head_VD @ attrgetter("attention.out.weight")(model.blocks[point.layer]).float()
+    for start in range(0, sae.config.d_sae, 256):
+        with torch.inference_mode():  # never around a `yield`: the mode would hold for whoever asked
             logits_FV = sae.W_dec_FD[start : start + 256].to(head_VD.device).float() @ head_VD.T
             up, down = (logits_FV.topk(min(count, len(ids_V)), largest=largest) for largest in (True, False))
             sides = [(ids_V[side.indices.cpu()].tolist(), side.values.tolist()) for side in (up, down)]
-            for row in range(len(logits_FV)):
-                promoted, suppressed = (list(zip(ids[row], values[row], strict=True)) for ids, values in sides)
-                yield start + row, promoted, suppressed
+        for row in range(len(logits_FV)):
+            promoted, suppressed = (list(zip(ids[row], values[row], strict=True)) for ids, values in sides)
+            yield start + row, promoted, suppressed
 
 
 def _encode(sae: SAE, resid_ND: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

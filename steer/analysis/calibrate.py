@@ -2,9 +2,11 @@
 
 Every strength writes a reply to each of some prompts, neutral ones (far from the topic) and beginnings of the latent's
 own examples (near it), all of one latent together, with the same seeds as the baseline. The targets are the tokens
-that the latent promotes by the logit lens and those on which its strongest examples fire. Over a strength's replies:
+that the latent promotes by the logit lens and those on which its strongest examples fire, less those that come in most
+texts. Over a strength's replies:
 
-    effect       target tokens in 100 tokens, less the baseline's
+    effect       100 times the mean of P(targets) steered - P(targets) unsteered, both on the steered text: target
+                 tokens to be expected in 100 tokens, more than without the edit
     log p        mean of log(P(targets) steered / P(targets) unsteered), both on the steered text
     perplexity   exp of the mean surprisal of the reply under the unsteered model
     repeats      share of the 4-grams of a reply that stand in it before
@@ -14,16 +16,24 @@ that the latent promotes by the logit lens and those on which its strongest exam
     cliff          the lowest strength with perplexity > 3 times the baseline's, or repeats > 0.5
     steerability   the effect on the neutral prompts at the sweet spot; 0 where no strength has an effect there
 
+Counting target tokens in steered replies and in others would be as true and far noisier: a few hundred tokens hold a
+target twice or never, and what other texts hold is mostly their own affair.
+
 Letters: T tokens of a reply, V vocabulary, N targets.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import fmean
+from typing import Any
 
+from labels.index import Calibration, LabelIndex
 from steer.analysis.likelihood import Text, logprobs, write
 from steer.compare import repeated
 from steer.edits import Edit, SteeringSet, Strength
@@ -43,6 +53,10 @@ NEAR = 2
 SWEET_RATIO, CLIFF_RATIO, CLIFF_REPEATS = 1.5, 3.0, 0.5
 TARGETS = 12
 """At most so many promoted tokens, and so many tokens of examples."""
+COMMON, LOOKED_AT = 1 / 20, 2000
+"""A token in more than this share of the random examples of (so many) latents says nothing about one of them."""
+DIGITS = 5
+"""Of the figures that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +67,9 @@ class Trial:
     """Times the latent's max; 0 is the baseline."""
     raw: float
     effect: float
-    """On the neutral prompts."""
+    """On the replies to neutral prompts."""
     effect_near: float | None
-    """On beginnings of its own examples; None without any."""
+    """On those to beginnings of its own examples; None without any."""
     logprob: float
     perplexity: float
     ratio: float
@@ -112,6 +126,14 @@ class Calibrator:
         self.sampling = sampling or engine.defaults
         self._baseline: list[_Written] | None = None
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What the figures depend on besides the latent, as it reads back from JSON."""
+        info = self.engine.info
+        asked = {"strengths": self.strengths, "prompts": self.prompts, "tokens": self.tokens, "seed": self.seed}
+        how: dict[str, Any] = json.loads(json.dumps(asked | {"model": info.model, "dtype": info.dtype}))
+        return how
+
     def calibrate(self, latent: int) -> Calibrated:
         """One latent's trials."""
         engine = self.engine
@@ -152,8 +174,9 @@ class Calibrator:
         targets: Sequence[int],
         zero: Trial | None,
     ) -> Trial:
-        texts, wanted = [row.text for row in rows], set(targets)
+        texts = [row.text for row in rows]
         surprisals, kls, gains = [], [], []
+        more: dict[bool, list[float]] = {False: [], True: []}
         plain = logprobs(self.engine, texts, [SteeringSet()] * len(texts))
         steered = logprobs(self.engine, texts, sets)
         for row, theirs_TV, ours_TV in zip(rows, plain, steered, strict=True):
@@ -164,14 +187,15 @@ class Calibrator:
             kls += (ours_TV.exp() * (ours_TV - theirs_TV)).sum(-1).tolist()
             if targets:
                 target_N = ours_TV.new_tensor(list(targets)).long()
-                gains += (ours_TV[:, target_N].logsumexp(1) - theirs_TV[:, target_N].logsumexp(1)).tolist()
-        far, near = ([row for row in rows if row.near is side] for side in (False, True))
+                ours_T, theirs_T = ours_TV[:, target_N].logsumexp(1), theirs_TV[:, target_N].logsumexp(1)
+                gains += (ours_T - theirs_T).tolist()
+                more[row.near] += (100 * (ours_T.exp() - theirs_T.exp())).tolist()
         perplexity = math.exp(fmean(surprisals)) if surprisals else math.nan
         return Trial(
             strength,
             raw,
-            _rate(far, wanted) - (zero.effect if zero else 0.0),
-            (_rate(near, wanted) - ((zero.effect_near or 0.0) if zero else 0.0)) if near else None,
+            fmean(more[False]) if more[False] else 0.0,
+            fmean(more[True]) if more[True] else None,
             fmean(gains) if gains else 0.0,
             perplexity,
             perplexity / zero.perplexity if zero else 1.0,
@@ -191,8 +215,22 @@ class Calibrator:
         fired = [example.tokens[example.peak] for example in index.raw_examples(latent) if example.kind == "top"][
             :TARGETS
         ]
-        targets = list(dict.fromkeys([*promoted, *fired]))
+        both = list(dict.fromkeys([*promoted, *fired]))
+        targets = [token for token in both if token not in self._common] or both
         return targets, tuple(tokenizer.token_text(token) for token in targets)
+
+    @cached_property
+    def _common(self) -> frozenset[int]:
+        """The tokens that come in most texts, by the random examples."""
+        index = self.engine.index
+        assert index is not None
+        latents, seen, examples = index.latents(), Counter[int](), 0
+        for latent in latents[:: max(1, len(latents) // LOOKED_AT)]:
+            for example in index.raw_examples(latent):
+                if example.kind == "random":
+                    seen.update(set(example.tokens))
+                    examples += 1
+        return frozenset(token for token, count in seen.items() if count > COMMON * examples)
 
     def _near(self, latent: int) -> list[str]:
         """Beginnings of the latent's strongest examples, up to where it fires."""
@@ -211,7 +249,20 @@ def judge(trials: Sequence[Trial]) -> tuple[float | None, float | None, float]:
     return best.strength if best else None, next(broken, None), best.effect if best else 0.0
 
 
-def _rate(rows: Sequence[_Written], wanted: set[int]) -> float:
-    """Wanted tokens in 100 tokens of replies."""
-    tokens = [token for row in rows for token in row.text.reply]
-    return 100 * sum(token in wanted for token in tokens) / len(tokens) if tokens else 0.0
+def recall(index: LabelIndex, latent: int, how: dict[str, Any]) -> dict[str, Any] | None:
+    """What `keep` wrote down of a latent that was calibrated exactly so, or None."""
+    known = index.calibration(latent)
+    try:
+        entry = json.loads(known.data) if known else None
+    except ValueError:  # the index is a file like any other
+        return None
+    return entry if isinstance(entry, dict) and entry.get("how") == how else None
+
+
+def keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str, Any]:
+    """Writes down what was found out of a latent; the same as `recall` will read it."""
+    short = json.loads(json.dumps(asdict(done)), parse_float=lambda digits: float(f"{float(digits):.{DIGITS}g}"))
+    entry: dict[str, Any] = short | {"how": how}
+    spots = entry["sweet"], entry["cliff"], entry["steerability"]
+    store.write_calibrations([Calibration(done.latent, *spots, json.dumps(entry))])
+    return entry

@@ -22,6 +22,7 @@ from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, nar
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import ExitCode, SteerError
+from steer.events import counted
 from steer.requests import SAMPLING, Defaults
 from steer.session import check_max_tokens
 
@@ -71,7 +72,9 @@ def batch(
     seen = survey(source)
     if seen.example is not None:
         first, second = seen.example
-        narrate(f"{seen.repeated} lines have the id of an earlier one: line {second}, for one, that of line {first}")
+        have = "has" if seen.repeated == 1 else "have"
+        one = f"{counted(seen.repeated, 'line')} {have} the id of an earlier one: line {second} that of line {first}"
+        narrate(one if seen.repeated == 1 else f"{one}, for one")
     options = _options(settings, steering, hits > 0) | {
         "--edit": [str(one) for one in steering.live],
         "--error": steering.error,
@@ -93,8 +96,7 @@ def batch(
                 narrate(engine.info.notice)
             if recipe:
                 engines.tell_differences(recipe, settings, engine)
-            for one in steering.live:
-                engine.check(one)
+            engines.check_edits(engine, steering)
             if hits and not engine.saes:
                 raise SteerError("there is no SAE to read features with", "pass `--sae FOLDER`, or leave out `--hits`")
             results.run_on(f"{engine.info.model} in {engine.info.dtype} on {engine.info.device.partition(':')[0]}")

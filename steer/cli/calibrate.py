@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json as js
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +17,6 @@ from steer.session import check_seed
 
 if TYPE_CHECKING:
     from labels.index import LabelIndex
-    from steer.analysis.calibrate import Calibrated
     from steer.engine import Engine
 
 SPOTS = ("sweet", "cliff", "steerability")
@@ -44,7 +41,7 @@ def calibrate(
         raise SteerError(f"--tokens is {tokens}", "give at least 4: repetition is counted in 4-grams")
     check_seed(seed)
     lines = text_of(prompts).splitlines() if prompts else None
-    from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator
+    from steer.analysis.calibrate import PROMPTS, STRENGTHS, Calibrator, keep, recall
 
     engine = engines.load_engine(settings, many=True)
     chosen = _latents(engine, latents or [], where)
@@ -55,17 +52,16 @@ def calibrate(
         tokens=tokens,
         seed=seed,
     )
-    how = {"strengths": calibrator.strengths, "prompts": calibrator.prompts, "tokens": tokens, "seed": seed}
-    how = js.loads(js.dumps(how | {"model": engine.info.model, "dtype": engine.info.dtype}))
+    how = calibrator.how
     with _open(engine) as store, engines.interruptible() as cancel:
         for number, latent in enumerate(chosen, 1):
             if cancel.is_set():
                 narrate("what is done is kept; the same command goes on")
                 return ExitCode.INTERRUPTED
-            known = None if again else store.calibration(latent)
-            entry = js.loads(known.data) if known is not None else None
-            if entry is None or entry["how"] != how:
-                entry = _keep(calibrator.calibrate(latent), how, store)
+            entry = None
+            if not again:  # what the user has measured, else what was measured before it shipped
+                entry = recall(store, latent, how) or (recall(engine.index, latent, how) if engine.index else None)
+            entry = entry or keep(calibrator.calibrate(latent), how, store)
             label = engine.labels([latent]).get(latent, "")
             if json:
                 for trial in entry["trials"]:
@@ -75,15 +71,6 @@ def calibrate(
             if len(chosen) > 1:
                 narrate(f"{number} of {len(chosen)}")
     return ExitCode.DONE
-
-
-def _keep(done: Calibrated, how: dict[str, Any], store: LabelIndex) -> dict[str, Any]:
-    """Write down what was found out of a latent; the same as it is read back."""
-    from labels.index import Calibration
-
-    entry: dict[str, Any] = js.loads(js.dumps(asdict(done))) | {"how": how}
-    store.write_calibrations([Calibration(done.latent, done.sweet, done.cliff, done.steerability, js.dumps(entry))])
-    return entry
 
 
 def _open(engine: Engine) -> LabelIndex:
@@ -155,12 +142,12 @@ def _show(latent: int, label: str, entry: dict[str, Any]) -> None:
     print(f"{latent}  {clean_line(label)}")
     print("  strength     raw   effect   near   log p   perplexity   times   repeats     KL")
     for trial in entry["trials"]:
-        near = "      " if trial["effect_near"] is None else f"{trial['effect_near']:6.1f}"
+        near = "      " if trial["effect_near"] is None else f"{trial['effect_near']:6.2f}"
         marks = [name for name in ("sweet", "cliff") if trial["strength"] == entry[name]]
         print(
-            f"  {trial['strength']:7.2f}x {trial['raw']:7.1f} {trial['effect']:8.1f} {near} {trial['logprob']:7.2f}"
+            f"  {trial['strength']:7.2f}x {trial['raw']:7.1f} {trial['effect']:8.2f} {near} {trial['logprob']:7.2f}"
             f" {trial['perplexity']:12.1f} {trial['ratio']:7.1f} {trial['repeats']:9.0%} {trial['kl']:6.2f}"
             f"  {' '.join(marks)}".rstrip()
         )
     spots = [f"{name} {'none' if entry[name] is None else f'{entry[name]:g}x'}" for name in ("sweet", "cliff")]
-    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.1f} target tokens in 100 more than without\n")
+    print(f"  {', '.join(spots)}, steerability {entry['steerability']:.2f} target tokens in 100 more than without\n")

@@ -47,6 +47,7 @@ def chat(
         from steer.cli.plain import PlainChat
 
         engine = engines.make_engine(settings, chat=True, recipe=recipe)
+        engines.check_edits(engine, steering)
         return PlainChat(engine, options, steering, session, json=json).run(_lines(json))
     if not on_terminal():
         raise SteerError("the chat's screens need a terminal", "pass `--plain` to talk through a pipe")

@@ -13,12 +13,24 @@ import typer
 
 from steer.batch import steers
 from steer.cli import engines
-from steer.cli.options import Chat, Edits, Error, Json, RecipeFile, command, given_text, narrate, put, steering_set
+from steer.cli.options import (
+    Chat,
+    Edits,
+    Error,
+    Json,
+    RecipeFile,
+    command,
+    given_text,
+    narrate,
+    put,
+    put_row,
+    steering_set,
+)
 from steer.compare import Comparison, compare
 from steer.config import Settings
 from steer.edits import SteeringSet
 from steer.errors import EXPLAINED, ExitCode, SteerError, sentence
-from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean, clean_line
+from steer.events import Event, Failed, Finished, LatentHit, Report, TokenEvent, clean, clean_line, counted
 from steer.session import MAX_SEED, EngineLike, Prompt, Role, check_max_tokens
 
 DEFAULT_TOKENS = 128
@@ -84,8 +96,7 @@ def complete(
         texts = [line for line in given_text("-" if texts else None, "prompt").splitlines() if line.strip()]
     many = beside or spliced or len(texts) > 1
     engine = engines.make_engine(settings, chat=chat, recipe=recipe, many=many)
-    for one in steering.live:
-        engine.check(one)
+    engines.check_edits(engine, steering)
     context = engine.info.context
     limit = (
         min(DEFAULT_TOKENS, context) if settings.max_tokens is None else check_max_tokens(settings.max_tokens, context)
@@ -97,7 +108,10 @@ def complete(
     if beside or spliced:
         sets = {"baseline": SteeringSet(), "steered": steering}
         sets |= {"spliced": SteeringSet(error="drop")} if spliced else {}
-        return _compare_replies(engine, zip(texts, asks, seeds, strict=True), sets, wanted)
+        if not (steering.live or steering.error == "drop"):
+            none = "all edits are muted" if steering.edits else "no edit is given"
+            narrate(f"{none}: the steered reply is the baseline")
+        return _compare_replies(engine, list(zip(texts, asks, seeds, strict=True)), sets, wanted)
     rows = [Row(text, seed) for text, seed in zip(texts, seeds, strict=True)]
     live = len(rows) == 1 and not json and sys.stdout.isatty()
     with engines.interruptible() as cancel:
@@ -109,9 +123,10 @@ def complete(
 
 
 def _compare_replies(
-    engine: EngineLike, asks: Iterable[tuple[str, Prompt, int]], sets: dict[str, SteeringSet], wanted: Wanted
+    engine: EngineLike, asks: Sequence[tuple[str, Prompt, int]], sets: dict[str, SteeringSet], wanted: Wanted
 ) -> int:
     """The reply to each (text, prompt, seed) with each set, the baseline's being empty: in one batch, with one seed."""
+    many = len(asks) > 1
     with engines.interruptible() as cancel:
         for text, ask, seed in asks:
             if cancel.is_set():
@@ -122,17 +137,27 @@ def _compare_replies(
             _follow(events, rows, False, lambda row: None)
             if any(row.failed for row in rows):
                 return ExitCode.MISTAKE
+            if many and not wanted.json:
+                print(f"prompt: {clean_line(text)}\n")
             for name, row, used in zip(sets, rows, sets.values(), strict=True):
                 found = compare(rows[0].events, row.events)
                 if wanted.json:
                     entry = _entry(row, engine, used, wanted.hits) | {"row": name}
                     put(entry if name == "baseline" else entry | comparison_entry(found, row.events, engine))
-                else:
-                    print(f"{name}:\n{clean(row.text)}\n", flush=True)
-                    for line in comparison_lines(found, engine) if name != "baseline" else ():
-                        narrate(line)
-                    for line in report_lines(row.finished.report) if row.finished and steers(used) else ():
-                        narrate(line)
+                    continue
+                print(f"{name}:\n{clean(row.text)}\n", flush=True)
+                if name == "baseline":
+                    continue
+                both = min(len(rows[0].events), len(row.events))
+                for line in (
+                    *comparison_lines(found, engine, name, both),
+                    *(report_lines(row.finished.report) if row.finished and steers(used) else ()),
+                    "",
+                ):
+                    put_row(line)
+            if not wanted.json:
+                ends = (f"{name} {_end(row)}" for name, row in zip(sets, rows, strict=True))
+                narrate(f"seed {seed}; {'; '.join(ends)}")
     return ExitCode.INTERRUPTED if cancel.is_set() else ExitCode.DONE
 
 
@@ -198,9 +223,14 @@ def _show(row: Row, engine: EngineLike, steering: SteeringSet, wanted: Wanted, *
             flush=True,
         )
     if row.finished:
-        narrate(f"seed {row.seed}, {len(row.events)} tokens, {row.finished.finish}")
+        narrate(f"seed {row.seed}, {_end(row)}")
         for line in report_lines(row.finished.report) if steers(steering) else ():
             narrate(line)
+
+
+def _end(row: Row) -> str:
+    """How long a reply is, and why it ends."""
+    return counted(len(row.events), "token") + (f", {row.finished.finish}" if row.finished else "")
 
 
 def _entry(row: Row, engine: EngineLike, steering: SteeringSet, hits: int) -> dict[str, Any]:
@@ -229,17 +259,19 @@ def report_entry(report: Report) -> dict[str, Any]:
 
 def report_lines(report: Report) -> list[str]:
     """The engine's report for a person."""
-    lines = [
-        f"{'steered' if report.steered else 'not steered'}: the set ran in {report.applied} of {report.steps} steps"
-    ]
+    ran = f"the set ran in {report.applied} of {counted(report.steps, 'step')}"
+    if not report.steered and report.applied:
+        ran = f"no edit met its place or condition in {counted(report.steps, 'step')}"
+    edited = any(edit.positions for edit in report.edits)
+    lines = [f"{'steered' if edited else 'error dropped' if report.dropped else 'not steered'}: {ran}"]
     if report.dropped:
-        lines.append(f"  the error was dropped at {report.dropped} positions")
+        lines.append(f"  the error was dropped at {counted(report.dropped, 'position')}")
     for edit in report.edits:
         change = (
             "" if edit.before is None or edit.after is None else f", activation {edit.before:.3g} -> {edit.after:.3g}"
         )
         lost = f", left its latent off at {edit.lost}" if edit.lost else ""
-        lines.append(f"  {clean(edit.text)}: at {edit.positions} positions{change}{lost}")
+        lines.append(f"  {clean(edit.text)}: at {counted(edit.positions, 'position')}{change}{lost}")
     if len(report.carried) > 1:
         lines += [f"  from position {one.first}: {clean(', '.join(one.edits)) or 'no edit'}" for one in report.carried]
     return lines
@@ -256,18 +288,20 @@ def comparison_entry(found: Comparison, events: Sequence[TokenEvent], engine: En
     }
 
 
-def comparison_lines(found: Comparison, engine: EngineLike) -> list[str]:
-    """What differs from the baseline, for a person."""
-    at = "none" if found.first_difference is None else str(found.first_difference)
-    lines = [f"first token that differs: {at}, {found.same} the same"]
+def comparison_lines(found: Comparison, engine: EngineLike, name: str, both: int) -> list[str]:
+    """What differs from the baseline, for a person; `name` is the reply's, and `both` replies have so many tokens."""
+    at = "none" if found.first_difference is None else f"{found.first_difference} (from 0)"
+    lines = [f"first token that differs: {at}; {found.same} of {both} are the same, place by place"]
     if found.kl is not None and found.perplexity is not None:
-        lines.append(
-            f"KL(steered | unsteered) {found.kl:.2f} nats a token, perplexity under the unsteered model "
-            f"{found.perplexity:.1f} (baseline {found.baseline_perplexity:.1f}), "
-            f"4-grams repeated {found.repeats:.0%} (baseline {found.baseline_repeats:.0%})"
-        )
+        lines += [
+            f"KL({name} | unsteered): {found.kl:.2f} nats a token",
+            f"perplexity under the unsteered model: {found.perplexity:.1f} (baseline {found.baseline_perplexity:.1f})",
+            f"4-grams repeated: {found.repeats:.0%} (baseline {found.baseline_repeats:.0%})",
+        ]
+    if found.changed:
+        lines.append("features that changed most, by mean activation:")
     names = engine.labels([change.latent for change in found.changed])
     for one in found.changed:
-        means = f"{one.difference:+8.2f}  {one.baseline:.2f} -> {one.steered:.2f}"
+        means = f"{one.difference:>+8.2f}  {one.baseline:>7.2f} -> {one.steered:>6.2f}"
         lines.append(f"  {one.latent:>6} {means}  {clean_line(names.get(one.latent, ''))}".rstrip())
     return lines

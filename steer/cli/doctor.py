@@ -177,6 +177,15 @@ def _shipped(settings: Settings) -> str:
     return str(DEMO_MODEL.parent)
 
 
+def _settings(settings: Settings) -> str:
+    """What was typed, or stands in `steer.toml`; what a model needs beyond that is in the checks below."""
+    usual, told = Settings(), settings.describe()
+    own = [
+        f"{name} {told[name]}" for name in told if name != "file" and getattr(settings, name) != getattr(usual, name)
+    ]
+    return ", ".join(own) or "none typed, none in a steer.toml: all as they are by default"
+
+
 CHECKS: dict[str, Check] = {
     "steer": lambda settings: __version__,
     "python": _python,
@@ -189,7 +198,5 @@ CHECKS: dict[str, Check] = {
     "hub": _hub,
     "log": lambda settings: str(log_path()),
     "shipped": _shipped,
-    "settings": lambda settings: ", ".join(
-        f"{name} {value}" for name, value in settings.describe().items() if name != "file"
-    ),
+    "settings": _settings,
 }

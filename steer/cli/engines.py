@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from steer.cli.options import narrate
 from steer.config import Settings
+from steer.edits import LOUD, SteeringSet
 from steer.errors import SteerError
 from steer.events import TokenEvent
 from steer.session import EngineLike
@@ -47,6 +48,17 @@ def make_engine(
     if recipe:
         tell_differences(recipe, settings, engine)
     return engine
+
+
+def check_edits(engine: EngineLike, steering: SteeringSet) -> None:
+    """`SteerError` for an edit that cannot run here; says on stderr where all together are so large that text tends to
+    fall apart."""
+    for edit in steering.live:
+        engine.check(edit)
+    found = [engine.readout(edit) for edit in steering.live]
+    total = sum(abs(one.of_norm) for one in found if one is not None and one.of_norm is not None)
+    if total > LOUD:
+        narrate(f"the strengths come to {total:,.3g}% of |x|, the residual norm: over {LOUD}% text tends to fall apart")
 
 
 def tell_differences(recipe: Path, settings: Settings, engine: EngineLike | None) -> None:

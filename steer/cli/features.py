@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from labels.query import parse
 from steer.cli import engines
-from steer.cli.options import Json, app, command, narrate, put
+from steer.cli.options import Json, app, command, narrate, put, put_row
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import clean, clean_line
@@ -24,22 +25,28 @@ app.add_typer(features, name="features")
 @command(features)
 def search(
     settings: Settings,
-    query: Annotated[
-        str, typer.Argument(help="Words of the label; also `id:`, `max:>5`, `density:<1%`, `is:unlabelled`.")
-    ],
+    query: Annotated[str, typer.Argument(help="Words of the label, and filters as below.", metavar="QUERY")],
     limit: Annotated[int, typer.Option(help="At most so many.", metavar="N")] = 20,
     json: Json = False,
 ) -> None:
-    """List the features whose labels match, best first."""
+    """List the features whose labels match, best first.
+
+    Filters: `id:7` (`id:7..9`), `max:>5` (`max:2..5`), `density:<1%`, `steer:>2` (steerability, once calibrated),
+    `is:labelled`, `is:unlabelled`, `is:edited`, `is:dead`, `is:calibrated`. Order: `sort:steer`, `sort:max`,
+    `sort:density`, the largest first. For example `steer features search "book density:>0.1% sort:steer"`.
+    """
     if limit < 1:
         raise SteerError(f"--limit is {limit}", "give at least 1")
-    found = engines.make_engine(settings).search(query, limit)
+    engine = engines.make_engine(settings)
+    found = engine.search(query, limit)
     for card in found[:limit]:
         if json:
             put(_entry(card))
         else:
-            print(_line(card))
-    if not found:
+            put_row(_line(card))
+    if not found and parse(query).calibrated and not engine.search("is:calibrated", 1):
+        narrate("nothing is calibrated yet: `steer calibrate ID...` measures how features steer")
+    elif not found:
         narrate(f"no feature matches `{clean(query)}`")
 
 
@@ -70,7 +77,13 @@ def show(
 @command(features)
 def contrast(
     settings: Settings,
-    a: Annotated[str, typer.Argument(help="A text file (as for `steer capture`), or a text as it is.", metavar="A")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="A text, or a file: .txt (a line `<|endoftext|>` between two), .jsonl (one a line) or .parquet",
+            metavar="A",
+        ),
+    ],
     b: Annotated[str, typer.Argument(help="The same for the other side.", metavar="B")],
     by: Annotated[
         Literal["max", "mean", "last"],
@@ -110,7 +123,7 @@ def contrast(
             narrate(f"read {done:,} of {of:,} texts")
 
     found = compare(model, engine.sae, tokenizer, *sides, by=by, on_progress=tell)
-    shown = found.differences[:limit]
+    shown = [each for each in found.differences if json or each.effect][:limit]
     labels = engine.labels([each.latent for each in shown])
     if not json and shown:
         print(f"{'latent':>7}    {'effect':>6}  {'95% interval':<15}  {'in A':>4}  {'in B':>4}  label")
@@ -119,13 +132,18 @@ def contrast(
         if json:
             put(asdict(each) | {"label": label})
         else:
-            print(_contrasted(each, label))
+            put_row(_contrasted(each, label))
+    if found.differences and not any(each.effect for each in found.differences):
+        narrate("nothing tells A from B: no effect differs from 0")
     narrate(
         f"texts: {found.texts_a:,} of A, {found.texts_b:,} of B; {len(found.differences):,} features were on, "
         f"{sum(each.certain for each in found.differences):,} of them differ beyond chance (*)"
     )
     if fewest(found.texts_a, found.texts_b) > LEVEL:
-        narrate("so few texts can tell nothing beyond chance; give files with at least 4 on each side")
+        narrate(
+            "so few texts can tell nothing beyond chance: give files with at least 4 on each side; in a .txt file a "
+            "line `<|endoftext|>` stands between two texts, and a .jsonl file has one a line"
+        )
 
 
 def _contrasted(each: Difference, label: str) -> str:
@@ -172,6 +190,6 @@ def _line(card: FeatureCard) -> str:
 
 
 def _calibrated(card: FeatureCard) -> str:
-    """What `steer calibrate` found: `steer 31.2 at 0.4x, cliff 1.5x`."""
+    """What `steer calibrate` found: `steer 31.25 at 0.4x, cliff 1.5x`."""
     sweet = "" if card.sweet is None else f" at {card.sweet:g}x"
-    return f"steer {card.steerability:.1f}{sweet}" + ("" if card.cliff is None else f", cliff {card.cliff:g}x")
+    return f"steer {card.steerability:.2f}{sweet}" + ("" if card.cliff is None else f", cliff {card.cliff:g}x")

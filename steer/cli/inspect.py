@@ -12,7 +12,7 @@ import typer
 from llama_3.ranks import world
 from steer.cli import engines
 from steer.cli.complete import hit_entry
-from steer.cli.options import Chat, Json, command, given_text, narrate, put
+from steer.cli.options import Chat, Json, command, given_text, narrate, put, put_row
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import LatentHit, TokenEvent, clean, clean_line
@@ -79,13 +79,13 @@ def inspect(
     else:
         for token in tokens:
             named = [
-                f"{hit.latent} {hit.activation:.2f} {clean_line(names.get(hit.latent, ''))}"
+                f"{hit.latent:>6} {hit.activation:>8.2f}  {clean_line(names.get(hit.latent, ''))}"
                 for hit in token.hits[: top or 5]
             ]
             first, *more = named or [""]
-            print(f"{token.index:>5}  {clean(repr(token.text)):<18}  {first}".rstrip())
+            put_row(f"{token.index:>5}  {clean(repr(token.text)):<18}  {first}")
             for line in more:
-                print(f"{'':27}{line}")
+                put_row(f"{'':27}{line}")
 
 
 def rank(tokens: Sequence[TokenEvent], aggregate: Aggregate) -> list[tuple[int, float, int]]:
@@ -107,7 +107,8 @@ def _by_text(tokens: Sequence[TokenEvent], names: dict[int, str], aggregate: Agg
         if json:
             put(hit_entry(LatentHit(latent, value), names) | {"aggregate": aggregate, "tokens": count})
         else:
-            print(f"{latent:>7}  {value:>8.3f}  on {count:>4} tokens  {clean_line(names.get(latent, ''))}".rstrip())
+            on = f"on {count:>4} token{' ' if count == 1 else 's'}"
+            put_row(f"{latent:>7}  {value:>8.3f}  {on}  {clean_line(names.get(latent, ''))}")
 
 
 def _ablated(engine: Engine, tokens: Sequence[TokenEvent], latent: int, top: int | None, json: bool) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +154,7 @@ def given_text(text: str | None, what: str) -> str:
             raise typer.BadParameter(f"give {what}, or pipe it in")
         text = _read_once() if world() > 1 else sys.stdin.read()
     if not text.strip():
-        raise SteerError(f"there is no {what}: the input is empty")
+        raise SteerError(f"there is no {what}: the input is empty", f"type the {what} after the command, or pipe it in")
     return text
 
 
@@ -185,9 +187,26 @@ def put(entry: dict[str, Any]) -> None:
     print(one_line(entry), flush=True)
 
 
+def put_row(text: str) -> None:
+    """A row of a table on stdout, cleaned; on a terminal it is cut at the edge, so that columns stay columns."""
+    text, width = clean(text).rstrip(), shutil.get_terminal_size().columns
+    cut = sys.stdout.isatty() and len(text) > width > 3
+    print(f"{text[: width - 3]}..." if cut else text, flush=True)
+
+
 def narrate(text: str) -> None:
-    """A line for the person, on stderr; cleaned, since much of it comes out of files of others."""
-    print(clean(text), file=sys.stderr, flush=True)
+    """A line for the person, on stderr; cleaned, since much of it comes out of files of others. On a terminal a long
+    one is broken between two words."""
+    text, width = clean(text), shutil.get_terminal_size().columns
+    if sys.stderr.isatty() and width > 20:
+        text = "\n".join(_wrapped(line, width) for line in text.split("\n"))
+    print(text, file=sys.stderr, flush=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    margin = " " * (len(line) - len(line.lstrip()))
+    lines = textwrap.wrap(line, width, subsequent_indent=f"{margin}  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _version(wanted: bool) -> None:

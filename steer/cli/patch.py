@@ -114,7 +114,7 @@ def _latents(text: str | None) -> list[int]:
         return []
     parts = re.split(r"[,\s]+", text.strip())
     if not all(re.fullmatch(r"\d{1,9}", part, re.ASCII) for part in parts):
-        raise SteerError(f"--latents is {text!r}", "write their numbers, such as 21863,4410")
+        raise SteerError(f"--latents is {text!r}", "write their numbers, such as 2229,2005")
     return [int(part) for part in parts]
 
 

@@ -13,12 +13,12 @@ import typer
 
 from steer import __version__
 from steer.cli import engines
-from steer.cli.complete import complete
+from steer.cli.complete import DEFAULT_TOKENS, complete
 from steer.cli.options import Chat, Edits, Error, Json, app, command, narrate, put, steering_set
 from steer.config import DEMO_LABELS, Settings, sessions_folder
 from steer.edits import FORMULAS, SteeringSet, Strength
 from steer.errors import ExitCode, SteerError
-from steer.events import clean, clean_line
+from steer.events import clean, clean_line, counted
 from steer.files import write_whole
 from steer.recipe import Line, Recipe
 from steer.session import Sampling, Session
@@ -76,6 +76,12 @@ def save(
         given = kept | {key: value for key, value in typed.items() if key in given}
     else:
         sampling = talk.sampling
+        if given["max_tokens"] is None:  # as `steer complete` has it
+            given["max_tokens"] = min(DEFAULT_TOKENS, engine.info.context)
+    if not steering.edits and session is not None:
+        raise SteerError(
+            f"session {clean(talk.name or session)} has no edits", "steer in it and save it, or give `--edit` as well"
+        )
     if not steering.edits:
         raise SteerError("there is nothing to save: no edit is given", "give `--edit` or `--session`")
     if system is not None:
@@ -84,7 +90,7 @@ def save(
         steering, settings, engine, sampling=asdict(sampling), name=name or file.stem, notes=notes, **given
     )
     made.write(file)
-    narrate(f"wrote {file}: {_edits(len(made.lines))}")
+    narrate(f"wrote {file}: {counted(len(made.lines), 'edit')}")
 
 
 def _of_session(talk: Session, name: str, typed: SteeringSet, error_typed: bool) -> SteeringSet:
@@ -212,7 +218,7 @@ def import_(
     if not done.recipe.lines:
         raise SteerError(f"nothing of `{clean(source)}` can be said as an edit", "see what was left out above")
     replace(done.recipe, steer=__version__, created=time.strftime("%Y-%m-%dT%H:%M:%S%z")).write(file)
-    narrate(f"wrote {file}: {_edits(len(done.recipe.lines))}")
+    narrate(f"wrote {file}: {counted(len(done.recipe.lines), 'edit')}")
 
 
 @command(recipe)
@@ -271,10 +277,6 @@ def _check_free(file: Path, force: bool) -> None:
         raise SteerError(f"there is no folder `{file.parent}` for `{file.name}`")
 
 
-def _edits(count: int) -> str:
-    return f"{count} edit{'' if count == 1 else 's'}"
-
-
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +306,7 @@ def _page(read: Recipe, names: dict[int, str]) -> list[str]:
     made = [f"made {read.created}" if read.created else "", f"with steer {read.steer}" if read.steer else ""]
     lines += ["  " + " ".join(filter(None, made))] if any(made) else []
     lines += [f"  {text}" for text in read.notes.splitlines()]
-    lines += ["", _edits(len(read.lines))]
+    lines += ["", counted(len(read.lines), "edit")]
     for number, line in enumerate(read.lines, 1):
         lines += _told(number, line, names)
     error = "kept" if read.error == "keep" else "dropped: x is replaced by what the edited latents decode to"

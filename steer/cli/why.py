@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from steer.cli import engines
-from steer.cli.options import Chat, Json, command, given_text, narrate, put
+from steer.cli.options import Chat, Json, command, given_text, narrate, put, put_row
 from steer.config import Settings
 from steer.errors import SteerError
 from steer.events import clean, clean_line
@@ -246,7 +246,7 @@ def _print_latents(effects: Sequence[LatentEffect], labels: Any, tokens: Sequenc
         place = effect.places[0].index
         where = f"{place} {clean(repr(tokenizer.token_text(tokens[place])))}"
         figures = f"{_signed(effect.removed)} {_signed(effect.attribution)} {_signed(effect.normalised)}"
-        print(f"{effect.latent:>7}  {figures}  {where:<16}  {clean_line(names.get(effect.latent, ''))}".rstrip())
+        put_row(f"{effect.latent:>7}  {figures}  {where:<16}  {clean_line(names.get(effect.latent, ''))}")
 
 
 def _print_totals(found: WhyToken | WhyLatent, count: int, what: str) -> None:

@@ -191,7 +191,7 @@ def raw_of(line: Line, decoder: Callable[[], Decoder], notes: list[str]) -> floa
         return strength.number
     raw = line.raw if line.raw is not None else decoder().raw(line.edit)
     where = "where the recipe was made" if line.raw is not None else "with the SAE in use"
-    notes.append(f"changed: `{line.edit}`: {strength} is written as {raw:.6g}, which it comes to {where}")
+    notes.append(f"changed: `{line.edit}`: {strength} comes to {raw:.6g} {where}: it is raw in the file")
     return raw
 
 
@@ -241,5 +241,5 @@ def unsaid(recipe: Recipe, carried: Collection[str] = ()) -> list[str]:
     usual = asdict(Sampling())
     names = [name for name, value in recipe.settings.items() if name not in carried and usual.get(name) != value]
     if names:
-        notes.append(f"left out: {', '.join(names)}: the format has no place for them")
+        notes.append(f"left out: {', '.join(names)}: the format has no place for {'it' if len(names) == 1 else 'them'}")
     return notes

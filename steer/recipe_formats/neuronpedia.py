@@ -49,8 +49,9 @@ TITLE = "Neuronpedia file"
 READS, WRITES = frozenset({"hook", "strength"}), frozenset({"sae_name"})
 LINK = re.compile(r"https?://(?:www\.)?neuronpedia\.org/([^/\s?#]+)/([^/\s?#]+)/([0-9]{1,12})(?:[?#]\S*)?")
 ADDS, PROJECTS, CAPS = "SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"
-STRONGEST = 300
-"""The site's own bound."""
+STRONGEST, MULTIPLIERS = 300, (1, 2, 4, 8)
+"""The site's own bounds: what a feature's strength may be, and powers of two, by which nothing is rounded, up to its
+largest multiplier of 10."""
 MOST_TIMES = 8
 _SETTINGS = {
     "temperature": "temperature",
@@ -76,7 +77,8 @@ def read(path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read:
     link = LINK.fullmatch(re.sub(r"^(https?:/)(?=[^/])", r"\1/", str(path)))  # a path has lost one of its slashes
     text = link[0] if link else read_text(path)
     if not text.lstrip().startswith(("{", "[")):
-        return _read_links(path, text, asked)
+        named = {"name": "/".join(link.groups()), "notes": f"from {clean(text)}"} if link else {}
+        return _read_links(path, text, asked, named)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -85,7 +87,7 @@ def read(path: Path, asked: Asked, decoder: Callable[[], Decoder]) -> Read:
     return _read_preset(path, preset, asked)
 
 
-def _read_links(path: Path, text: str, asked: Asked) -> Read:
+def _read_links(path: Path, text: str, asked: Asked, named: dict[str, str]) -> Read:
     lines, marks, notes = [], dict[str, SAEMark](), []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
@@ -102,7 +104,7 @@ def _read_links(path: Path, text: str, asked: Asked) -> Read:
         if len(words) == 1:
             notes.append(f"assumed: strength {strength} for feature {match[3]}: a link has none")
         lines.append(Line(Edit(int(match[3]), "add", strength, hook=hook)))
-    return Read(imported(path, TITLE, lines, list(marks.values())), notes)
+    return Read(imported(path, TITLE, lines, list(marks.values()), **named), notes)
 
 
 def _read_preset(path: Path, preset: dict[str, Any], asked: Asked) -> Read:
@@ -131,7 +133,7 @@ def _read_preset(path: Path, preset: dict[str, Any], asked: Asked) -> Read:
             notes.append(f"assumed: strength {strength} for feature {latent}: none is given")
         else:
             number = as_number(one["strength"], f"strength of {what}")
-            strength = Strength(number if multiplier == 1 else round_off(number * multiplier))
+            strength = Strength(number * multiplier if multiplier in MULTIPLIERS else round_off(number * multiplier))
         edit = Edit(latent, "add", strength, place=place, hook=hook)
         lines += [Line(one) for one in _by_method(method, edit, notes)]
     settings: dict[str, Any] = {}
@@ -201,22 +203,35 @@ def write(recipe: Recipe, asked: Asked, decoder: Callable[[], Decoder]) -> Writt
         values = _projected(recipe, kept, notes)
     else:
         values = [(line, raw_of(line, decoder, notes)) for line in kept]
-    features = []
+    times, features = _multiplier(values, notes), []
     for line, value in values:
-        if abs(value) > STRONGEST:
-            notes.append(f"changed: `{line.edit}`: the site takes strengths up to {STRONGEST}")
         model, source = _name(recipe, line.edit, asked)
-        features.append({"modelId": model, "layer": source, "index": line.edit.latent, "strength": value})
+        features.append({"modelId": model, "layer": source, "index": line.edit.latent, "strength": value / times})
     told = {field: recipe.settings[name] for field, name in _SETTINGS.items() if name in recipe.settings}
     preset: dict[str, Any] = {
         "name": recipe.name,
         "modelId": features[0]["modelId"] if features else "",
         "features": features,
     }
-    preset |= {"steer_method": method, "strength_multiplier": 1, "steer_special_tokens": places != {"all"}} | told
+    preset |= {"steer_method": method, "strength_multiplier": times, "steer_special_tokens": places != {"all"}} | told
     return Written(
         (json.dumps(preset, indent=2) + "\n").encode(), notes + unsaid(recipe, _SETTINGS.values()), len(features)
     )
+
+
+def _multiplier(values: list[tuple[Line, float]], notes: list[str]) -> int:
+    """What all strengths of a file are divided by, so that the site takes them; a sentence in `notes` on each that is
+    too large without, or even so."""
+    largest = max((abs(value) for _, value in values), default=0.0)
+    times = next((each for each in MULTIPLIERS if largest <= STRONGEST * each), MULTIPLIERS[-1])
+    for line, value in values:
+        if abs(value) > STRONGEST:
+            how = f"{value / times:.6g} and a strength_multiplier of {times}"
+            over = ", and the site may still cut it" if abs(value) > STRONGEST * times else ""
+            notes.append(
+                f"changed: `{line.edit}`: the site takes strengths up to {STRONGEST}: the file has {how}{over}"
+            )
+    return times
 
 
 def _expressible(recipe: Recipe, edit: Edit, asked: Asked, notes: list[str]) -> bool:

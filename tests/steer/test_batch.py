@@ -320,8 +320,10 @@ def test_a_file_that_may_not_grow_is_one_sentence_too(whole: bytes, tmp_path: Pa
 
 def test_another_input_option_or_model_is_refused_and_another_batch_size_is_not(whole: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
-    with pytest.raises(SteerError, match="was begun with --max-tokens 5, and now it is null"):
+    with pytest.raises(SteerError, match="was begun with --max-tokens 5, and now it is not given"):
         answer(folder, {"--stop": ("a", "b")})
+    with pytest.raises(SteerError, match="was begun without --seed, and now it is 3"):
+        answer(folder, OPTIONS | {"--seed": 3})
     assert answer(folder, size=4).resized == 2
     assert answer(folder, size=4).resized == 2  # nothing was left to write, so the progress stands as it was
     source = folder / "in.jsonl"

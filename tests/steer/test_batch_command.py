@@ -232,7 +232,7 @@ def test_mistakes_are_said_on_their_lines_and_the_others_run(steer: Steer, tmp_p
     )  # fmt: skip
     code, said = steer("batch", "in.jsonl", "out.jsonl")
     assert code == 0 and "all 10 lines are in out.jsonl, 8 of them with an error" in said
-    assert "1 lines have the id of an earlier one: line 10, for one, that of line 9" in said
+    assert "1 line has the id of an earlier one: line 10 that of line 9\n" in said
     found = {result["id"]: result for result in results(tmp_path / "out.jsonl")}
     assert found[None]["line"] == 1 and "not JSON" in found[None]["error"]
     for name, why in (

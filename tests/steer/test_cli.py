@@ -14,7 +14,7 @@ import pytest
 
 from steer import __version__
 from steer.cli import main
-from steer.cli.options import put
+from steer.cli.options import narrate, put, put_row
 from steer.session import Sampling
 from tests.steer.fake import FakeEngine
 
@@ -33,7 +33,7 @@ Steer = Callable[..., Ran]
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: fake)
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: fake)
     return fake
 
 
@@ -157,7 +157,9 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["complete"], 1, "the input is empty"),
         (["complete", "hi", "--temperature", "nan"], 1, "temperature is nan"),
         (["complete", "hi", "--seed", "-1"], 1, "the seed is -1"),
-        (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed'"),
+        (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed': `x` is no whole number"),
+        (["complete", "hi", "--error", "x"], 2, "Invalid value for '--error': `x` is none of 'keep', 'drop'"),
+        (["batch", "a", "b", "--batch-size", "0"], 2, "`0` should be greater than or equal to 1"),
         (["complete", "hi", "--max-tokens", "99999999"], 1, "this model holds 64"),
         (["complete", "hi", "--max-tokens", "0"], 1, "most tokens of a reply is 0"),
         (["complete", "hi", "--edit", "99 +1"], 1, "no latent 99"),
@@ -201,7 +203,7 @@ def test_a_mistake_is_one_sentence(arguments: list[str], code: int, why: str, st
 
 
 def test_without_an_sae_an_edit_is_a_mistake(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: FakeEngine(hook=None))
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: FakeEngine(hook=None))
     assert steer("complete", "hi").code == 0
     assert "no SAE" in steer("complete", "hi", "--edit", "1 +1").err
     assert "no SAE" in steer("inspect", "hi").err
@@ -213,6 +215,7 @@ def test_inspect_json_has_a_line_for_each_token(steer: Steer, engine: FakeEngine
     assert ran.lines[0]["hits"] == []
     assert ran.lines[1]["hits"][0] == {"latent": 1, "activation": 2.33333, "label": "\x1b[31mred</script>"}
     assert len(steer("inspect", "a bb", "--json", "--top", "1").lines[1]["hits"]) == 1
+    assert "'a'                      1     2.33  " in steer("inspect", "a bb").out  # room for 4011 and 297.23
     assert steer("inspect", "-", "--json", stdin="a bb").lines == ran.lines
 
 
@@ -242,7 +245,7 @@ def test_inspect_html_escapes_every_text(steer: Steer, engine: FakeEngine, tmp_p
 
 @pytest.mark.parametrize(
     ("found", "told"),
-    [((0.4, 1.5, 31.25), "steer 31.2 at 0.4x, cliff 1.5x"), ((None, None, 0.0), "steer 0.0")],
+    [((0.4, 1.5, 31.25), "steer 31.25 at 0.4x, cliff 1.5x"), ((None, None, 0.0), "steer 0.00")],
 )
 def test_features_say_how_they_steer_where_that_was_measured(
     found: tuple[float | None, float | None, float],
@@ -270,6 +273,9 @@ def test_features_are_found_and_shown(steer: Steer, engine: FakeEngine) -> None:
     assert "\x1b" not in steer("features", "search", "red").out
     nothing = steer("features", "search", "zebra")
     assert (nothing.code, nothing.out) == (0, "") and "no feature matches" in nothing.err
+    for query in ("steer:>2", "red sort:steer"):
+        assert "nothing is calibrated yet: `steer calibrate" in steer("features", "search", query).err
+    assert "`steer:>2`" in steer("features", "search", "--help").out
 
 
 def test_plain_chat_answers_lines_and_runs_commands(steer: Steer, engine: FakeEngine) -> None:
@@ -314,7 +320,7 @@ def test_the_screens_get_what_was_typed(steer: Steer, monkeypatch: pytest.Monkey
 
 
 def test_an_interruption_has_its_code(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(settings: object) -> None:
+    def interrupt(settings: object, **_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("steer.cli.engines.load_engine", interrupt)
@@ -361,9 +367,45 @@ def test_plain_chat_goes_on_after_a_file_that_cannot_be_written(steer: Steer, en
 
 
 def test_too_little_memory_is_one_sentence(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(settings: object) -> None:
+    def load(settings: object, **_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
     monkeypatch.setattr("steer.cli.engines.load_engine", load)
     ran = steer("complete", "hi")
     assert ran.code == 1 and ran.err.startswith("error: the memory does not suffice: CUDA out") and "hint: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ("complete <&-", "there is no prompt: the input is empty"),
+        ("chat --plain <&-", "there is no message: the input is empty"),
+        ("complete hi >&-", "stdout is closed"),
+        ("chat --plain >&-", "stdout is closed"),
+        ("features search '' --limit 0 >&- 2>&-", ""),
+    ],
+)
+def test_a_closed_stream_is_one_sentence(call: str, why: str, tmp_path: Path) -> None:
+    environment = os.environ | {"STEER_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    ran = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m steer {call}"], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 1 and why in ran.stderr and "Traceback" not in ran.stderr and not ran.stdout
+
+
+def test_on_a_terminal_rows_are_cut_and_sentences_broken_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "  changed: `21 +1.1x`: the site takes strengths up to 300"
+    put_row(text)
+    narrate(text)
+    whole = capsys.readouterr()
+    assert whole.out == whole.err == f"{text}\n"
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    put_row(text)
+    narrate(f"{text}\n\n  short")
+    shown = capsys.readouterr()
+    assert shown.out == f"{text[:27]}...\n"
+    assert shown.err == "  changed: `21 +1.1x`: the\n    site takes strengths up to\n    300\n\n  short\n"

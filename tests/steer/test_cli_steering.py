@@ -1,5 +1,6 @@
 """`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae` as they are typed, on a tiny model."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from steer.analysis.controls import CONDITIONS
 from steer.analysis.likelihood import Text
 from steer.cli import main
 from steer.events import Event, TokenEvent
+from steer.session import Readout
 from tests.steer.fake import NAMES, FakeEngine
 from tests.steer.test_engine import tiny_sae
 from tests.tiny import write_tiny_checkpoint
@@ -75,7 +77,10 @@ def test_compare_writes_the_replies_that_are_written_alone(steer: Steer) -> None
     assert found["first_difference"] == first and found["kl"] > 0 and found["changed"]
     page = steer("complete", "Once", "--compare", *edit, *QUICK)
     assert page.out.startswith("baseline:\n") and "\nsteered:\n" in page.out
-    assert f"first token that differs: {first}" in page.err and "KL(steered | unsteered)" in page.err
+    assert f"first token that differs: {first} (from 0); {found['same']} of 4 are the same" in page.out
+    assert "KL(steered | unsteered)" in page.out and "5 +6 on generated: at 4 positions" in page.out
+    assert page.err.endswith("\nseed 3; baseline 4 tokens, length; steered 4 tokens, length\n")
+    assert max(map(len, page.out.split("features that changed")[0].splitlines())) <= 80
 
 
 def test_spliced_is_the_sae_alone(steer: Steer) -> None:
@@ -84,6 +89,16 @@ def test_spliced_is_the_sae_alone(steer: Steer) -> None:
     assert ran.code == 0 and [entry["row"] for entry in ran.lines] == ["baseline", "steered", "spliced"]
     assert ran.lines[2]["tokens"] == alone["tokens"] != ran.lines[0]["tokens"]
     assert ran.lines[2]["edits"] == [] and len(ran.lines[2]["kl"]) == len(alone["tokens"])
+    page = steer("complete", "Once", "--spliced", "--edit", "5 +6", *QUICK).out
+    assert "\n\nspliced:\n" in page and "KL(spliced | unsteered)" in page and "\nerror dropped: the set ran" in page
+
+
+def test_a_comparison_says_whose_it_is_and_where_nothing_acts(steer: Steer) -> None:
+    ran = steer("complete", "Once", "Twice", "--compare", "--max-tokens", "2")
+    assert "no edit is given: the steered reply is the baseline" in ran.err and ran.err.count("seed ") == 2
+    assert ran.out.startswith("prompt: Once\n\nbaseline:") and "\n\nprompt: Twice\n\nbaseline:" in ran.out
+    ran = steer("complete", "Once", "--edit", "5 +6 on 90..99", *QUICK)
+    assert "not steered: no edit met its place or condition in 4 steps" in ran.err and "at 0 positions" in ran.err
 
 
 class Interrupted(FakeEngine):
@@ -97,7 +112,7 @@ class Interrupted(FakeEngine):
 
 
 def test_an_interrupted_comparison_shows_what_it_has_and_no_more(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Interrupted())
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: Interrupted())
     ran = steer("complete", "first", "second", "third", "--compare", "--json")
     assert ran.code == 130
     assert [(entry["prompt"], entry["row"]) for entry in ran.lines] == [("first", "baseline"), ("first", "steered")]
@@ -115,12 +130,12 @@ def test_a_label_cannot_add_a_row_to_a_comparison(steer: Steer, monkeypatch: pyt
                 if not (isinstance(event, TokenEvent) and event.row == 0 and event.token > 21)
             )
 
-    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings: Apart())
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, **_: Apart())
     for latent in range(10):
         monkeypatch.setitem(NAMES, latent, "one\nseed 9, 0 tokens, stop")
-    err = steer("complete", "a", "--compare").err
-    assert "-> " in err and "one" in err
-    assert not [line for line in err.splitlines() if line.startswith("seed 9")]
+    out = steer("complete", "a", "--compare").out
+    assert "-> " in out and "one" in out
+    assert not [line for line in out.splitlines() if line.startswith("seed 9")]
 
 
 # -- controls ----------------------------------------------------------------------------------------------------------
@@ -181,3 +196,13 @@ def test_a_wrong_sae_steers_only_when_it_is_trusted(steer: Steer, monkeypatch: p
     trusted = steer(*call, "--trust-sae")
     assert trusted.code == 0 and trusted.lines[0]["report"]["steered"] and "does not fit this model" in trusted.err
     assert steer("complete", "Once", *QUICK).code == 0  # it may be looked at
+
+
+def test_a_strength_at_which_text_falls_apart_is_said(steer: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "readout", lambda self, edit: Readout(1.0, None, edit.strength and -31.0))
+    monkeypatch.setattr("steer.cli.engines.load_engine", lambda settings, many=False: FakeEngine())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi"))
+    two = ("--edit", "3 -1", "--edit", "4 +1", "--edit", "ablate 5")
+    for call in (("complete", "Once"), ("chat", "--plain")):
+        assert "the strengths come to 62% of |x|, the residual norm: over 60%" in steer(*call, *two).err
+    assert "fall apart" not in steer("complete", "Once", "--edit", "3 -1").err

@@ -53,6 +53,8 @@ def test_the_machine_and_the_shipped_model_are_well(doctor: Doctor, tmp_path: Pa
     assert "GiB free (weights " in checks["fit"]["value"] and "SAE " in checks["fit"]["value"]
     assert "4,096 latents at blocks." in checks["sae"]["value"]
     assert "quantize" not in checks
+    assert checks["settings"]["value"].startswith("none typed")
+    assert doctor("--threads", "1", "--dtype", "float32")[1]["settings"]["value"] == "dtype float32, threads 1"
 
 
 def test_what_does_not_ship_is_found(doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

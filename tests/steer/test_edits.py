@@ -115,6 +115,28 @@ def test_a_mistake_is_named(text: str, why: str) -> None:
         Edit.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "why", "hint"),
+    [
+        ("klamp 2229 0", "`klamp` is no latent", "did you mean `clamp`?"),
+        ("book +0.4x", "`book` is no latent", "`steer features search book`"),
+        ("2229+1x", r"`2229\+1x` is no latent", "a space stands before its strength"),
+        ("+1x 5", r"`\+1x` is no latent", "its strength comes after it"),
+        ("5 1 on 9..4", r"`5 \+1 on 9..4` .* its first position is after its last", "write `on 4..9`"),
+        ("5 1 on nowhere", "`nowhere` is no place", "all, all+special, prompt, generated, assistant, last and ranges"),
+        ("5 1 when 902 < 1", "knows `>` alone, and no `<`", "`when 902 > 2`"),
+        ("5 1 when 902>=1", "knows `>` alone, and no `>=`", "`when 902 > 2`"),
+        ("5 1 onn all", "`onn all` was not understood", "did you mean `on`?"),
+        ("scale 5", "scale needs a value", "as `scale 5 2`"),
+        ("5 1 and more", "was not understood", "write [KIND] LATENT"),
+    ],
+)
+def test_a_mistake_has_its_own_hint(text: str, why: str, hint: str) -> None:
+    with pytest.raises(SteerError, match=why) as error:
+        Edit.parse(text)
+    assert error.value.hint and hint in error.value.hint
+
+
 def test_a_set_changes_into_another_and_keeps_the_first() -> None:
     one, two, three = (Edit.parse(text) for text in ("1 +1", "2 +1", "3 +1"))
     first = SteeringSet().add(one).add(two)

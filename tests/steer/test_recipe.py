@@ -168,6 +168,10 @@ def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: bytes
 
 
 def test_a_file_that_is_too_large_or_missing_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "bridges.csv").write_text("loader,action\nsae,add\n")
+    with pytest.raises(SteerError, match=r"bridges.csv. cannot be used: it is no TOML") as caught:
+        Recipe.read(tmp_path / "bridges.csv")
+    assert caught.value.hint and "steer recipe import" in caught.value.hint
     with pytest.raises(SteerError, match="No such file"):
         Recipe.read(tmp_path / "none.toml")
     (tmp_path / "large.toml").write_bytes(b"#" * (LARGEST + 1))

@@ -22,6 +22,7 @@ from steer.made_with import file_hash, model_hash, tokenizer_hash
 from steer.recipe import Recipe
 from steer.session import Session
 from steer.store import Store
+from tests.steer.fake import FakeEngine
 from tests.steer.test_engine import tiny_sae
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -157,6 +158,20 @@ def test_a_session_becomes_a_recipe(steer: Steer, folder: Path, tmp_path: Path) 
     steer("recipe", "save", "s.toml", "--session", "mine", *WITH)
     again = Recipe.read(Path("s.toml"))
     assert (again.sampling["temperature"], again.seed) == (0.7, 8)
+
+
+def test_a_recipe_holds_the_length_of_its_replies_and_a_session_without_edits_is_named(
+    steer: Steer, folder: Path, tmp_path: Path
+) -> None:
+    plain = steer("complete", "Once", *SET, "--seed", "3", "--json", *WITH).lines[0]
+    steer("recipe", "save", "r.toml", *SET, "--seed", "3", *WITH)
+    assert (
+        Recipe.read(Path("r.toml")).max_tokens
+        and steer("recipe", "apply", "r.toml", "Once", "--json", *WITH).lines[0]["tokens"] == plain["tokens"]
+    )
+    Store(tmp_path / "home" / "sessions").save(Session(FakeEngine(), seed=8), "none")
+    ran = steer("recipe", "save", "s.toml", "--session", "none", *WITH)
+    assert ran.code == 1 and "error: session none has no edits" in ran.err and not Path("s.toml").exists()
 
 
 def test_what_steer_toml_says_elsewhere_does_not_change_a_recipe(steer: Steer) -> None:

@@ -115,6 +115,24 @@ def test_what_a_preset_can_add_comes_back(tmp_path: Path, groups: list[list[Edit
     assert {note.split(":")[0] for note in notes} <= {"changed"} and all("up to 300" in note for note in notes)
 
 
+@pytest.mark.parametrize(("raw", "strength", "times"), [(300, 300, 1), (465.66, 232.83, 2), (-2400, -300, 8)])
+def test_a_preset_stays_within_what_the_site_takes(tmp_path: Path, raw: float, strength: float, times: int) -> None:
+    recipe = Recipe.of(Edit.parse(f"21 {raw}"), saes=marks(HOOKS[1]), special_tokens=True)
+    written = find_format("neuronpedia", "", "write").write(recipe, NOTHING, Rows)
+    preset = json.loads(written.content)
+    assert (preset["features"][0]["strength"], preset["strength_multiplier"]) == (strength, times)
+    assert [f"the file has {strength:g} and a" in note for note in written.notes] == [True] * (times > 1)
+
+
+def test_a_strength_beyond_what_the_site_takes_is_said(tmp_path: Path) -> None:
+    recipe = Recipe.of(Edit.parse("21 +4000"), Edit.parse("22 +8"), saes=marks(HOOKS[1]), special_tokens=True)
+    back, [note] = there_and_back("neuronpedia", recipe, tmp_path)
+    assert "the site may still cut it" in note and [str(edit)[:8] for edit in back.recipe.steering.edits] == [
+        "21 +4000",
+        "22 +8 on",
+    ]
+
+
 @checked
 @given(st.lists(st.tuples(latents, hooks, st.integers(1, 4)), min_size=1, max_size=4, unique_by=lambda one: one[:2]))
 def test_what_a_preset_can_project_comes_back(tmp_path: Path, times: list[tuple[int, str, int]]) -> None:
@@ -247,8 +265,8 @@ def test_a_muted_edit_and_settings_without_a_place_are_named(tmp_path: Path) -> 
         assert len(back.recipe.lines) == 1
         assert f"left out: `{muted}`: it is muted" in notes
         assert any("error = drop" in note for note in notes)
-        lost = next(note for note in notes if "no place for them" in note)
-        assert "system" in lost and ("seed" in lost) == (name != "neuronpedia")
+        lost = next(note for note in notes if "no place for" in note)
+        assert "system" in lost and ("seed" in lost) == (name != "neuronpedia") == lost.endswith("them")
 
 
 def test_a_set_that_edits_special_tokens_needs_no_word_about_them(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_neuronpedia_link_and_a_file_of_links_are_read(tmp_path: Path) -> None
     assert [str(edit) for edit in one.recipe.steering.edits] == ["18895 +30% at blocks.25.hook_resid_post"]
     assert one.recipe.saes[0].names == ("neuronpedia:llama3-8b-it/25-res-jh",)
     assert "18895" in one.notes[0]
+    assert (one.recipe.name, one.recipe.notes) == ("llama3-8b-it/25-res-jh/18895", f"from {link}")
     many = read(None, tmp_path / "links.txt", f"# mine\n{link}?embed=true 12.5\n\n{link[:-1]}6 -2x\n")
     assert [str(edit).split(" at")[0] for edit in many.recipe.steering.edits] == ["18895 +12.5", "18896 -2x"]
     assert many.notes == []

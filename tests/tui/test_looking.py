@@ -152,6 +152,9 @@ async def test_a_model_without_an_sae_talks_and_says_what_is_missing(running: Ru
         assert "this model runs without features" in driver.text
         await driver.send("hello")
         assert not driver.app.chat.query_one("#side").display
+        await driver.send("/error drop")
+        assert "no SAE whose error could be dropped" in driver.says()
+        assert session_of(driver).steering.error == "keep"
         await driver.press("escape", "f")
         assert "without an SAE" in driver.says()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from labels.index import Calibration, LabelIndex
-from steer.analysis.calibrate import Calibrator, Trial, judge
+from steer.analysis.calibrate import Calibrated, Calibrator, Trial, judge
 from steer.analysis.controls import CONDITIONS, run_controls
 from steer.analysis.likelihood import Text, logprobs, write
 from steer.cli import main
@@ -98,7 +98,7 @@ def test_the_command_keeps_what_it_measured_and_goes_on(
     )
     assert main(["calibrate", str(BOOK), "--json", *options]) == 0
     assert capsys.readouterr().out == first
-    assert main(["features", "search", "is:calibrated sort:steer", "--json"]) == 0
+    assert main(["features", "search", "is:calibrated sort:steer", "--limit", "4096", "--json"]) == 0
     found = [json.loads(line)["latent"] for line in capsys.readouterr().out.splitlines()]
     assert BOOK in found
     assert main(["calibrate", "9999999"]) == 1
@@ -115,6 +115,25 @@ def test_the_command_keeps_what_it_measured_and_goes_on(
         assert why in capsys.readouterr().err
     assert "Traceback" not in capsys.readouterr().err
     assert DEMO_LABELS.read_bytes() == shipped
+
+
+def test_what_ships_calibrated_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEER_HOME", str(tmp_path))
+    assert main(["features", "search", "steer:>0.5 sort:steer", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 20
+    measured: list[int] = []
+
+    def calibrate(self: Calibrator, latent: int) -> Calibrated:
+        measured.append(latent)
+        return Calibrated(latent, (trial(0.0, 0.0, 1.0),), (), None, None, 0.0)
+
+    monkeypatch.setattr(Calibrator, "calibrate", calibrate)
+    for options, done in (([], []), (["--again"], [BOOK]), (["--seed", "1"], [BOOK, BOOK])):
+        assert main(["calibrate", str(BOOK), *options]) == 0
+        assert measured == done
+    assert str(BOOK) in capsys.readouterr().out
 
 
 def test_a_layer_of_another_sae_is_left_out(tmp_path: Path) -> None:

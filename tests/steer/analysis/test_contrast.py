@@ -185,5 +185,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     label = heading.index("label")
     assert len(rows) == 3 and label < 60 and all(row[label - 2 : label] == "  " and row[label] != " " for row in rows)
     assert "of `a.txt` the first 2 texts are read" in err and "so few texts" in err
+    assert "a line `<|endoftext|>` stands between two texts" in err
+    assert main(["features", "contrast", "a.txt", "a.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) <= 1 and "nothing tells A from B: no effect differs from 0" in err
     assert main(["features", "contrast", "a.txt", "b.txt", "--limit", "0"]) == 1
     assert "--limit is 0" in capsys.readouterr().err
