@@ -19,7 +19,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from steer.edits import FORMULAS, Edit, Kind, SteeringSet
+from steer.edits import FORMULAS, LOUD, Edit, Kind, SteeringSet
 from steer.errors import SteerError
 from steer.events import EditReport, Report
 from steer.session import Readout
@@ -28,8 +28,6 @@ from steer.tui.palette import BOLD, DIM, PLAIN, Part
 from steer.tui.slider import FILLS, SCALES, Strengths, slider
 
 EMPTY = "No feature is steered: press f to find one, Enter on a feature in Token, or type /steer LATENT +0.5x."
-
-"""Percent of the residual norm above which, all edits together, text tends to fall apart."""
 ROUND = ("all", "generated", "prompt", "assistant", "last")
 """The places that the key goes round; the others are typed."""
 ADDED: tuple[Kind, ...] = ("add", "bias", "vector")
