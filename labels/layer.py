@@ -1,6 +1,6 @@
 """What a user has measured for an index that ships, and so is not to be written: calibrations in a file of their own.
 
-They lie before those of the index itself, and search reads both as one. A file that is damaged, newer than we are or of
+They lie before those of the index itself, and search reads both as one. A file that is damaged, made otherwise or of
 another SAE is left out: what ships stays of use without it.
 """
 
@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from labels.schema import check_header
 
+_COLUMNS = "latent, sweet, cliff, steerability, made, data"
 _SAE = "(SELECT value FROM {}.meta WHERE key = 'sae/sae.safetensors')"
 
 
@@ -20,10 +21,10 @@ def lay(db: sqlite3.Connection, layer: Path | None) -> str:
 
     What comes back says why the layer was left out; "" where it was not, where there is none, or of another SAE.
     """
-    own, above, notice = "SELECT * FROM main.calibrations", "", ""
+    own, above, notice = f"SELECT {_COLUMNS} FROM main.calibrations", "", ""
     try:
         if layer is not None and layer.exists() and _attach(db, layer):
-            above = "SELECT * FROM layer.calibrations UNION ALL "
+            above = f"SELECT {_COLUMNS} FROM layer.calibrations UNION ALL "
             own += " WHERE latent NOT IN (SELECT latent FROM layer.calibrations)"
     except (OSError, ValueError, sqlite3.Error) as error:
         what = "it is damaged, or another program writes to it" if isinstance(error, sqlite3.Error) else error
@@ -41,5 +42,5 @@ def _attach(db: sqlite3.Connection, layer: Path) -> bool:
     db.execute("ATTACH ? AS layer", [f"file:{quote(str(layer.absolute()))}?mode=ro"])
     if db.execute("PRAGMA layer.quick_check(1)").fetchone() != ("ok",):
         raise sqlite3.DatabaseError
-    db.execute("SELECT latent, sweet, cliff, steerability, made, data FROM layer.calibrations LIMIT 0")
+    db.execute(f"SELECT {_COLUMNS} FROM layer.calibrations LIMIT 0")
     return bool(db.execute(f"SELECT {_SAE.format('layer')} IS {_SAE.format('main')}").fetchone()[0])

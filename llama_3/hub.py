@@ -83,7 +83,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path:
     apart. FileNotFoundError where there is neither; OSError or ValueError, one sentence with a `hint`, for all that can
     go wrong between here and a whole copy.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if str(name).strip() and path.exists():
         return path
     wanted = parse_hub_id(str(name), revision)

@@ -155,7 +155,7 @@ def find_file() -> Path | None:
 
 def _home(kind: str) -> Path:
     if home := os.environ.get("STEER_HOME"):
-        return Path(home).expanduser().absolute()
+        return Path(os.path.expanduser(home)).absolute()
     import platformdirs
 
     return Path(getattr(platformdirs, kind)("steer", appauthor=False))
@@ -177,10 +177,10 @@ def _read(file: Path) -> dict[str, Any]:
     settings = {name: _typed(name, value, wanted[name], file) for name, value in raw.items()}
     each = [_typed("sae", one, wanted["sae"], file) for one in (saes if isinstance(saes, list) else [saes])]
     if each:
-        settings["sae"] = [str(file.parent / Path(one).expanduser()) for one in each]
+        settings["sae"] = [str(file.parent / Path(os.path.expanduser(one))) for one in each]
     for name in ("model", "labels"):
         if name in settings:
-            path = file.parent / Path(settings[name]).expanduser()
+            path = file.parent / Path(os.path.expanduser(settings[name]))
             if name != "model" or path.exists() or parse_hub_id(settings[name]) is None:
                 settings[name] = str(path)
     return settings

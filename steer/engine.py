@@ -150,7 +150,7 @@ class Engine:
         if compile and where.device == "cpu" and not _has_compiler():
             raise SteerError("`--compile` needs a C++ compiler, and here is none", "install g++, or leave it out")
         size = sum(sae_bytes(one.config, where.device) for one in saes.values())
-        together(partial(check_fit, share(config, world()), path, where, quantize, size, keep, many))
+        together(partial(check_fit, share(config, world()), path, where, quantize, size, keep, many and not compile))
         if world() > 1:
             transformer: Transformer = load_parallel(path, where.dtype, where.device)
         else:

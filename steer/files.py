@@ -7,6 +7,7 @@ disk or a kill leaves what was there, and two processes that write one file do n
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,18 +18,27 @@ from steer.errors import SteerError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, with the same ending, which becomes `path` at the end; `SteerError` when that cannot be."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial{path.suffix}")
+    """A name to write to, with the same ending, which becomes `path` at the end; `SteerError` when that cannot be.
+    What is no file, as a pipe, is written to as it is."""
+    real = Path(os.path.realpath(path))  # a link stays one
+    if not real.name or real.is_dir():
+        raise SteerError(f"`{path}` cannot be written: it is a folder")
+    straight = real.exists() and not real.is_file()  # a pipe or a device
+    partial = real if straight else real.with_name(f".{uuid.uuid4().hex}.partial{real.suffix}")
     try:
         yield partial
-        with partial.open("r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
+        if not straight:
+            with partial.open("r+b") as written:
+                os.fsync(written.fileno())
+            if real.exists():
+                shutil.copymode(real, partial)
+            os.replace(partial, real)
     except OSError as error:
         raise SteerError(f"`{path}` cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if not straight:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ point, where that SAE has another number of latents, or where the engine refuses
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def describe(edit: Edit, engine: EngineLike) -> Line:
         _raw(engine, edit),
         maximum,
         _raw(engine, Edit(edit.when.latent, "add", edit.when.above, hook=here)) if edit.when else None,
-        file_hash(Path(edit.file).expanduser()) if edit.file else "",
+        file_hash(Path(os.path.expanduser(edit.file))) if edit.file else "",
         "" if edit.latent is None or not own else engine.labels([edit.latent]).get(edit.latent, ""),
     )
 

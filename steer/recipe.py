@@ -148,14 +148,14 @@ class Recipe:
             recipe = cls.parse(text)
         except SteerError as error:
             raise SteerError(f"the recipe `{path}` cannot be used: {error}", error.hint) from error
-        return recipe._with_files(lambda file: str(path.parent / Path(file).expanduser()))
+        return recipe._with_files(lambda file: str(path.parent / Path(os.path.expanduser(file))))
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all; `SteerError` when it cannot be written."""
         here = path.parent.absolute()
 
         def as_seen_from_here(file: str) -> str:
-            whole = Path(os.path.abspath(Path(file).expanduser()))
+            whole = Path(os.path.abspath(Path(os.path.expanduser(file))))
             return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)
 
         write_whole(path, self._with_files(as_seen_from_here).text().encode())

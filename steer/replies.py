@@ -234,8 +234,8 @@ class Replies:
     def _report(self, number: int, row: Row) -> Report:
         if not self.steerers.points:
             return Report(row.steps)
-        named = {self.steerers.edits[edit]: str(edit) for _, one in row.sets for edit in one.live}
-        told = [(text, tally) for of, text in named.items() if (tally := self._tally(number, of)) is not None]
+        named = {str(edit): self.steerers.edits[edit] for _, one in row.sets for edit in one.live}
+        told = [(text, tally) for text, of in named.items() if (tally := self._tally(number, of)) is not None]
         edits = tuple(EditReport(text, each.positions, each.before, each.after, each.lost) for text, each in told)
         # Where a set drops the error it does so at every SAE, so that the first one's trace tells of all.
         drops = [tally for point in [*self.steerers.saes][:1] if (tally := self._tally(number, (point, None)))]

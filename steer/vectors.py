@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ def load_vector(file: str, hook: HookPoint, config: ModelConfig) -> tuple[Tensor
     A safetensors file holds one tensor, or one named as the hook point; an npy file one array; of a GGUF control vector
     it is `direction.LAYER`. A `SteerError` names what is missing, of another width, complex, or not finite.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     try:
         stamp = path.stat().st_mtime_ns
     except OSError as error:

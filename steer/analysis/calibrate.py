@@ -50,6 +50,8 @@ ROWS = 64
 """Replies that are written at once."""
 NEAR = 2
 """Beginnings of the latent's own examples."""
+FIGURES = 2
+"""Version of the formulas."""
 SWEET_RATIO, CLIFF_RATIO, CLIFF_REPEATS = 1.5, 3.0, 0.5
 TARGETS = 12
 """At most so many promoted tokens, and so many tokens of examples."""
@@ -118,9 +120,9 @@ class Calibrator:
             raise SteerError("there is no SAE with recorded maxima to calibrate", "pass `--sae FOLDER`")
         if not prompts or not strengths:
             raise SteerError("calibration needs a prompt and a strength")
-        bad = [strength for strength in strengths if not math.isfinite(strength) or strength == 0]
+        bad = [strength for strength in strengths if not math.isfinite(strength) or strength <= 0]
         if bad:
-            raise SteerError(f"{bad[0]:g} is no strength to calibrate at", "give multiples of the max, as 0.4")
+            raise SteerError(f"{bad[0]:g} is no strength to calibrate at", "give multiples of the max over 0, as 0.4")
         self.engine, self.prompts, self.tokens, self.seed = engine, tuple(prompts), tokens, seed
         self.strengths = tuple(sorted(set(strengths)))
         self.sampling = sampling or engine.defaults
@@ -130,7 +132,8 @@ class Calibrator:
     def how(self) -> dict[str, Any]:
         """What the figures depend on besides the latent, as it reads back from JSON."""
         info = self.engine.info
-        asked = {"strengths": self.strengths, "prompts": self.prompts, "tokens": self.tokens, "seed": self.seed}
+        asked: dict[str, Any] = {"figures": FIGURES}  # what was measured by other formulas is measured again
+        asked |= {"strengths": self.strengths, "prompts": self.prompts, "tokens": self.tokens, "seed": self.seed}
         how: dict[str, Any] = json.loads(json.dumps(asked | {"model": info.model, "dtype": info.dtype}))
         return how
 

@@ -89,6 +89,8 @@ def complete(
 ) -> int:
     """Go on from a text."""
     steering, ends = steering_set(edit, error, recipe), tuple(stop or ())
+    if hits < 0 or (hits and not json):
+        raise SteerError(f"--hits is {hits}", "give a number of features, with --json")
     if "" in ends:
         raise SteerError("--stop is empty", "give the text that a reply should end before")
     texts = prompts or []
@@ -135,7 +137,12 @@ def _compare_replies(
             prompts, seeds, watched = [ask] * len(rows), [seed] * len(rows), range(1, len(rows))
             events = _events(engine, prompts, list(sets.values()), seeds, wanted, cancel, hits=True, watch=watched)
             _follow(events, rows, False, lambda row: None)
-            if any(row.failed for row in rows):
+            if any(row.failed for row in rows):  # what there is of them is not compared
+                for name, row, used in zip(sets, rows, sets.values(), strict=True):
+                    if wanted.json:
+                        put(_entry(row, engine, used, wanted.hits) | {"row": name})
+                    elif row.text:
+                        print(f"{name}:\n{clean(row.text)}\n", flush=True)
                 return ExitCode.MISTAKE
             if many and not wanted.json:
                 print(f"prompt: {clean_line(text)}\n")
@@ -216,7 +223,7 @@ def _show(row: Row, engine: EngineLike, steering: SteeringSet, wanted: Wanted, *
     if wanted.json:
         put(_entry(row, engine, steering, wanted.hits))
         return
-    if row.failed is None:
+    if row.failed is None or (row.text and not live):
         print(
             clean(row.finished.text) if live and row.finished else clean(row.text),
             end="\n\n" if many else "\n",

@@ -35,6 +35,13 @@ def test_a_whole_layer_stands_before_the_index(main, layer):
         assert (index.feature(5).steerability, index.notice) == (None, "")
 
 
+def test_a_layer_with_a_column_more_is_searched_too(main, layer):
+    with sqlite3.connect(layer) as db:
+        db.execute("ALTER TABLE calibrations ADD COLUMN more TEXT")
+    with LabelIndex(main, read_only=True, layer=layer) as index:
+        assert [one.latent for one in index.search("sort:steer")] == [5, 6] and index.notice == ""
+
+
 def damage(content: bytes, at: int) -> bytes:
     return content[:at] + b"\x55" * 4096 + content[at + 4096 :]
 

@@ -151,6 +151,13 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
     assert ran.code == 1 and ran.lines[0]["error"] in ran.err and ran.lines[0]["finish"] is None
 
 
+def test_what_was_written_before_a_failure_is_shown(steer: Steer, engine: FakeEngine) -> None:
+    engine.script = ["one", "FAIL"]
+    assert steer("complete", "hi").out.strip() == "one"
+    ran = steer("complete", "hi", "--compare")
+    assert ran.code == 1 and "baseline:" in ran.out and "one" in ran.out and "KL" not in ran.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
@@ -160,6 +167,8 @@ def test_complete_tells_a_failure_in_json_and_on_stderr(
         (["complete", "hi", "--seed", "x"], 2, "Invalid value for '--seed': `x` is no whole number"),
         (["complete", "hi", "--error", "x"], 2, "Invalid value for '--error': `x` is none of 'keep', 'drop'"),
         (["batch", "a", "b", "--batch-size", "0"], 2, "`0` should be greater than or equal to 1"),
+        (["complete", "hi", "--hits", "3"], 1, "--hits is 3"),
+        (["complete", "hi", "--hits", "-3", "--json"], 1, "--hits is -3"),
         (["complete", "hi", "--max-tokens", "99999999"], 1, "this model holds 64"),
         (["complete", "hi", "--max-tokens", "0"], 1, "most tokens of a reply is 0"),
         (["complete", "hi", "--edit", "99 +1"], 1, "no latent 99"),

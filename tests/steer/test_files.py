@@ -1,6 +1,7 @@
 """A file is written whole or not at all, whoever else writes it and whatever goes wrong."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,30 @@ def test_sessions_exports_and_pictures_are_written_so(tmp_path: Path, monkeypatc
     saved = Store(tmp_path).save(session, "mine")
     assert saved.read_bytes() == (tmp_path / "x.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "p.html", "x.json"]
+
+
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    file, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    file.write_text("before")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    write_whole(link, b"after")
+    assert link.is_symlink() and file.read_text() == "after" and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, b"through")
+    reader.join(10)
+    assert got == [b"through"] and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", [".", "/", "folder"])
+def test_a_folder_is_refused_in_a_sentence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(SteerError, match="is a folder"):
+        write_whole(Path(name), b"x")

@@ -128,6 +128,8 @@ def test_what_is_no_vector_is_refused(tmp_path: Path) -> None:
         load_vector(str(tmp_path / "v.txt"), HOOK, CONFIG)
     with pytest.raises(SteerError, match="cannot be read"):
         load_vector(str(tmp_path / "missing.npy"), HOOK, CONFIG)
+    with pytest.raises(SteerError, match="cannot be read"):
+        load_vector("~nobody-of-this-name/missing.npy", HOOK, CONFIG)
     with pytest.raises(SteerError, match="no direction for"):
         load_vector(write(tmp_path, "v.gguf"), HookPoint(0, "resid_post"), CONFIG)
 

@@ -75,7 +75,7 @@ def test_a_push_brings_its_targets_and_costs_perplexity(demo: Engine) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused(demo: Engine) -> None:
-    for wrong in ({"strengths": ()}, {"strengths": (0.0,)}, {"prompts": ()}):
+    for wrong in ({"strengths": ()}, {"strengths": (0.0,)}, {"strengths": (-0.4, 1.0)}, {"prompts": ()}):
         with pytest.raises(SteerError):
             Calibrator(demo, **(SHORT | wrong))
     with pytest.raises(SteerError, match="there is no latent"):
