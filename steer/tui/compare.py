@@ -298,13 +298,16 @@ class CompareScreen(Screen[None]):
         self.draw()
 
     def action_strength(self, step: int) -> None:
-        """One step of the steering panel, which knows units and steps."""
+        """One step of the steering panel, which knows units and steps.
+
+        The set is changed here alone: one that the panel posts is put into force later, over what has changed since.
+        """
         panel, session = self.chat.panel, self.chat.session
-        if panel.edit is None or panel.strengths.value(panel.edit) is None:
+        if panel.edit is None or (steering := panel.stepped(session.steering, step)) is None:
             self.say("there is no edit to change" if panel.edit is None else f"`{panel.edit}` has no strength")
             return
-        panel.action_step(step)
-        if self.chat.attempt(partial(session.change, panel.steering)):
+        if self.chat.attempt(partial(session.change, steering)):
+            self.chat.draw()  # the panel too
             self.begin()
             self.draw()
         else:

@@ -192,6 +192,21 @@ async def test_brackets_change_the_chosen_edit_and_run_again(running: Running) -
         assert session_of(driver).steering == engine.batches[-1][0][1]
 
 
+async def test_steps_in_quick_succession_all_count(running: Running) -> None:
+    engine = two()
+    async with running(engine, steering=SET) as driver:
+        screen = await compared(driver)
+        for pause in (0, 0.002, 0.005, 0.01, 0.015, 0):
+            screen.action_strength(1)
+            await asyncio.sleep(pause)
+        await driver.settle()
+        while screen.writing:
+            await driver.settle()
+        assert str(session_of(driver).steering.edits[0]) == "0 +1.3x" == str(driver.app.chat.panel.edit)
+        assert screen.trial is not None and screen.trial.steering == session_of(driver).steering
+        assert "0 +1.3x" in driver.text
+
+
 async def test_another_run_waits_for_the_first_to_stop(running: Running) -> None:
     engine = two(["one", HOLD, " two"], ["one", " two"])
     async with running(engine, steering=SET) as driver:
