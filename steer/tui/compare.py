@@ -8,6 +8,7 @@ next begins when its thread has left. The screen changes nothing of the chat but
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from steer.events import Failed, Finished, PromptRead, TokenEvent, clean
 from steer.files import write_whole
 from steer.session import MAX_SEED
 from steer.tui import palette, status
-from steer.tui.dialogs import ROOM, Ask, plain
+from steer.tui.dialogs import ROOM, Ask, Confirm, plain
 from steer.tui.token_view import TokenView
 from steer.tui.trial import Trial, changes, facts, last_prompt, nothing, packed
 
@@ -354,16 +355,25 @@ class CompareScreen(Screen[None]):
         if self.trial is None or self.writing:
             self.say("it is still being written" if self.writing else "there is nothing to write")
             return
-        self.app.push_screen(Ask("Write the comparison to", value="comparison.json"), self._export)
+        names = ("comparison.json", *(f"comparison-{n}.json" for n in range(2, 1000)))
+        free = next((name for name in names if not os.path.lexists(name)), "")
+        self.app.push_screen(Ask("Write the comparison to", value=free), self._export)
 
     def _export(self, name: str | None) -> None:
-        if not name or self.trial is None:
-            return
+        """Writes to the file of that name; over one that exists only when told so."""
+        if name and os.path.lexists(os.path.expanduser(name)):
+            question = f"{name} exists. Write over it?"
+            self.app.push_screen(Confirm(question), lambda yes: self._write_to(name) if yes else None)
+        elif name:
+            self._write_to(name)
+
+    def _write_to(self, name: str) -> None:
+        assert self.trial is not None
         try:
             latents = [change.latent for change in self.trial.compared().changed]
             entry = self.trial.entry(self.chat.label(latents))
             text = json.dumps(entry, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            write_whole(Path(name).expanduser(), text.encode("utf-8", "surrogatepass"))
+            write_whole(Path(os.path.expanduser(name)), text.encode("utf-8", "surrogatepass"))
         except EXPLAINED as error:
             self.say(sentence(error), error=True)
             return

@@ -19,7 +19,7 @@ from steer.events import TokenEvent
 from steer.session import Prompt, Session
 from steer.tui.chat import ChatScreen
 from steer.tui.compare import CompareScreen, end_of
-from steer.tui.dialogs import Ask, Help
+from steer.tui.dialogs import Ask, Confirm, Help
 from steer.tui.trial import Trial, packed
 from tests.tui.conftest import Driver, Running, session_of
 from tests.tui.fake_engine import BOOM, HOLD, PLAIN, FakeEngine, words
@@ -321,6 +321,29 @@ async def test_both_replies_are_copied_and_written_as_json(running: Running, tmp
         assert entry["rows"][1]["report"]["steered"] and not entry["rows"][0]["report"]["steered"]
         assert [row["tokens"][0].get("kl") for row in entry["rows"]] == [None, 2.5]
         assert entry["comparison"]["first_difference"] == 3 and entry["comparison"]["changed"][0]["label"]
+
+
+async def test_a_file_is_written_over_only_when_told_so(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "comparison.json", tmp_path / "comparison-2.json"
+    async with running(two(), steering=SET) as driver:
+        await compared(driver)
+        await driver.press("x", "enter")
+        written = first.read_text()
+        first.write_text("mine")
+        await driver.press("x", "enter")
+        assert (first.read_text(), second.read_text()) == ("mine", written)
+        for answer, holds in (("n", "mine"), ("escape", "mine"), ("y", written)):
+            await driver.press("x", "ctrl+u", *"comparison", "full_stop", *"json", "enter")
+            assert isinstance(driver.app.screen, Confirm) and "comparison.json exists" in driver.text
+            await driver.press(answer)
+            assert isinstance(driver.app.screen, CompareScreen) and first.read_text() == holds
+        assert "wrote comparison.json" in driver.text
+        screen_of(driver)._export("~nobody-of-that-name/out.json")
+        await driver.pilot.pause()
+        assert "cannot be written" in driver.text
 
 
 async def test_text_that_would_be_obeyed_is_drawn(running: Running) -> None:
