@@ -238,7 +238,9 @@ class CompareScreen(Screen[None]):
         self.query_one("#asked", Static).update(text)
 
     def _draw_titles(self) -> None:
-        for side, name, place in zip(self.sides, ("Baseline", "With the edits"), (0, 1), strict=True):
+        guarded = self.chat.session.guard == "back-off"  # which a batch does without: this is not the chat's reply
+        names = "Baseline", "With the edits" + ", without the guard" * guarded
+        for side, name, place in zip(self.sides, names, (0, 1), strict=True):
             told = status.reply_status(self.trial.replies[place]).split("  ") if self.trial else []
             more = ["more below"] if side.more_below else []
             side.border_title = palette.title(" · ".join([name, *more, *(t for t in told if not t.endswith("tok/s"))]))

@@ -119,6 +119,16 @@ async def test_without_an_edit_it_says_how_to_steer(running: Running, prepare: t
         assert isinstance(driver.app.screen, ChatScreen)
 
 
+async def test_edits_that_the_guard_would_weaken_are_told_apart(running: Running) -> None:
+    async with running(two(), steering=SET) as driver:
+        for mode, told in (("watch", False), ("back-off", True)):
+            await driver.press("i")
+            await driver.send(f"/guard {mode}")
+            await compared(driver)
+            assert ("With the edits, without the guard · steered, 1 edit" in driver.text) is told
+            await driver.press("escape")
+
+
 async def test_without_an_sae_no_feature_is_promised(running: Running) -> None:
     engine = FakeEngine("a b")
     engine.info = replace(engine.info, hook=None, latents=0)
