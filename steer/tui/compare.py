@@ -34,12 +34,11 @@ from steer.session import MAX_SEED
 from steer.tui import palette, status
 from steer.tui.dialogs import ROOM, Ask, Confirm, plain
 from steer.tui.token_view import TokenView
-from steer.tui.trial import Trial, changes, facts, last_prompt, nothing, packed
+from steer.tui.trial import Trial, changes, facts, last_prompt, nothing
 
 if TYPE_CHECKING:
     from steer.tui.chat import ChatScreen
 
-HERTZ = 20
 TELL = 1.0
 """Seconds between two looks at what changed while the replies are written: it reads all of both."""
 REPLY = "reply"
@@ -127,7 +126,7 @@ class CompareScreen(Screen[None]):
     def on_mount(self) -> None:
         self.sides = self.query_one("#baseline", Side), self.query_one("#steered", Side)
         self.query_one("#asked").border_title = palette.title("Prompt")
-        self.timer = self.set_interval(1 / HERTZ, self.drain, pause=True)
+        self.timer = self.set_interval(1 / status.HERTZ, self.drain, pause=True)
         self.begin()
 
     def on_unmount(self) -> None:
@@ -253,7 +252,7 @@ class CompareScreen(Screen[None]):
             box.update(Text("\n".join(palette.wrapped(self.problem, width))))
             return
         found = self.trial.compared()
-        lines = packed(facts(self.trial, found), width)
+        lines = palette.packed(facts(self.trial, found), width)
         labels = self.chat.label([change.latent for change in found.changed])
         colourless = palette.is_colourless(self.app)
         text = changes(found, width, rows - len(lines), labels, self.chat.tags, colourless)

@@ -20,7 +20,7 @@ from steer.session import Prompt, Session
 from steer.tui.chat import ChatScreen
 from steer.tui.compare import CompareScreen, end_of
 from steer.tui.dialogs import Ask, Confirm, Help
-from steer.tui.trial import Trial, packed
+from steer.tui.trial import Trial
 from tests.tui.conftest import Driver, Running, session_of
 from tests.tui.fake_engine import BOOM, HOLD, PLAIN, FakeEngine, words
 from tests.tui.test_snapshots import SIZES
@@ -416,8 +416,7 @@ def test_a_trial_keeps_the_pace_of_the_session_row_beside_row() -> None:
     assert len(waits) == 3 and all(1 < seconds <= 6 for seconds in waits)
 
 
-def test_lines_hold_what_fits() -> None:
-    assert packed(["one", "two", "three"], 9) == ["one   two", "three"]
+def test_the_end_of_a_text_is_what_fits() -> None:
     assert end_of("once upon a time", 8) == "..a time"
     assert end_of("越越越越", 6) == "..越越" and end_of("short", 8) == "short"
 
