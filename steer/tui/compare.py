@@ -8,6 +8,7 @@ next begins when its thread has left. The screen changes nothing of the chat but
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -31,14 +32,13 @@ from steer.events import Failed, Finished, PromptRead, TokenEvent, clean
 from steer.files import write_whole
 from steer.session import MAX_SEED
 from steer.tui import palette, status
-from steer.tui.dialogs import ROOM, Ask, plain
+from steer.tui.dialogs import ROOM, Ask, Confirm, plain
 from steer.tui.token_view import TokenView
-from steer.tui.trial import Trial, changes, facts, last_prompt, nothing, packed
+from steer.tui.trial import Trial, changes, facts, last_prompt, nothing
 
 if TYPE_CHECKING:
     from steer.tui.chat import ChatScreen
 
-HERTZ = 20
 TELL = 1.0
 """Seconds between two looks at what changed while the replies are written: it reads all of both."""
 REPLY = "reply"
@@ -126,7 +126,7 @@ class CompareScreen(Screen[None]):
     def on_mount(self) -> None:
         self.sides = self.query_one("#baseline", Side), self.query_one("#steered", Side)
         self.query_one("#asked").border_title = palette.title("Prompt")
-        self.timer = self.set_interval(1 / HERTZ, self.drain, pause=True)
+        self.timer = self.set_interval(1 / status.HERTZ, self.drain, pause=True)
         self.begin()
 
     def on_unmount(self) -> None:
@@ -237,7 +237,9 @@ class CompareScreen(Screen[None]):
         self.query_one("#asked", Static).update(text)
 
     def _draw_titles(self) -> None:
-        for side, name, place in zip(self.sides, ("Baseline", "With the edits"), (0, 1), strict=True):
+        guarded = self.chat.session.guard == "back-off"  # which a batch does without: this is not the chat's reply
+        names = "Baseline", "With the edits" + ", without the guard" * guarded
+        for side, name, place in zip(self.sides, names, (0, 1), strict=True):
             told = status.reply_status(self.trial.replies[place]).split("  ") if self.trial else []
             more = ["more below"] if side.more_below else []
             side.border_title = palette.title(" · ".join([name, *more, *(t for t in told if not t.endswith("tok/s"))]))
@@ -250,7 +252,7 @@ class CompareScreen(Screen[None]):
             box.update(Text("\n".join(palette.wrapped(self.problem, width))))
             return
         found = self.trial.compared()
-        lines = packed(facts(self.trial, found), width)
+        lines = palette.packed(facts(self.trial, found), width)
         labels = self.chat.label([change.latent for change in found.changed])
         colourless = palette.is_colourless(self.app)
         text = changes(found, width, rows - len(lines), labels, self.chat.tags, colourless)
@@ -298,13 +300,16 @@ class CompareScreen(Screen[None]):
         self.draw()
 
     def action_strength(self, step: int) -> None:
-        """One step of the steering panel, which knows units and steps."""
+        """One step of the steering panel, which knows units and steps.
+
+        The set is changed here alone: one that the panel posts is put into force later, over what has changed since.
+        """
         panel, session = self.chat.panel, self.chat.session
-        if panel.edit is None or panel.strengths.value(panel.edit) is None:
+        if panel.edit is None or (steering := panel.stepped(session.steering, step)) is None:
             self.say("there is no edit to change" if panel.edit is None else f"`{panel.edit}` has no strength")
             return
-        panel.action_step(step)
-        if self.chat.attempt(partial(session.change, panel.steering)):
+        if self.chat.attempt(partial(session.change, steering)):
+            self.chat.draw()  # the panel too
             self.begin()
             self.draw()
         else:
@@ -351,16 +356,25 @@ class CompareScreen(Screen[None]):
         if self.trial is None or self.writing:
             self.say("it is still being written" if self.writing else "there is nothing to write")
             return
-        self.app.push_screen(Ask("Write the comparison to", value="comparison.json"), self._export)
+        names = ("comparison.json", *(f"comparison-{n}.json" for n in range(2, 1000)))
+        free = next((name for name in names if not os.path.lexists(name)), "")
+        self.app.push_screen(Ask("Write the comparison to", value=free), self._export)
 
     def _export(self, name: str | None) -> None:
-        if not name or self.trial is None:
-            return
+        """Writes to the file of that name; over one that exists only when told so."""
+        if name and os.path.lexists(os.path.expanduser(name)):
+            question = f"{name} exists. Write over it?"
+            self.app.push_screen(Confirm(question), lambda yes: self._write_to(name) if yes else None)
+        elif name:
+            self._write_to(name)
+
+    def _write_to(self, name: str) -> None:
+        assert self.trial is not None
         try:
             latents = [change.latent for change in self.trial.compared().changed]
             entry = self.trial.entry(self.chat.label(latents))
             text = json.dumps(entry, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            write_whole(Path(name).expanduser(), text.encode("utf-8", "surrogatepass"))
+            write_whole(Path(os.path.expanduser(name)), text.encode("utf-8", "surrogatepass"))
         except EXPLAINED as error:
             self.say(sentence(error), error=True)
             return

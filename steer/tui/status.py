@@ -19,6 +19,8 @@ from steer.events import PromptRead, Report, TokenEvent
 from steer.session import Reply, Session
 from steer.tui import palette
 
+HERTZ = 20
+"""How often a second a screen draws what has been written since."""
 TAIL_ROWS = 4
 _EDITED = re.compile("[a-z ]*[0-9]*")
 """The kind and the latent at the beginning of an edit, whatever its strength."""

@@ -163,6 +163,14 @@ class SteeringPanel(Widget, can_focus=True):
         """What edits are multiplied by now."""
         return self._factor if self._writing else 1.0
 
+    def stepped(self, steering: SteeringSet, steps: int) -> SteeringSet | None:
+        """`steering` with the edit at the chosen place that many steps stronger; None where that has no strength."""
+        edit, strengths = steering.edits[self.selected], self.strengths
+        if (value := strengths.value(edit)) is None:
+            return None
+        step = 0.05 if edit.kind == "scale" else SCALES[strengths.unit(edit)].step
+        return steering.put(self.selected, strengths.typed(edit, value + steps * step))
+
     # Keys
 
     def _asked(self) -> Edit | None:
@@ -192,10 +200,8 @@ class SteeringPanel(Widget, can_focus=True):
             self._change(steering)
 
     def action_step(self, steps: int) -> None:
-        edit, strengths = self._asked(), self.strengths
-        if edit is not None and (value := strengths.value(edit)) is not None:
-            step = 0.05 if edit.kind == "scale" else SCALES[strengths.unit(edit)].step
-            self._put(strengths.typed(edit, value + steps * step))
+        if self._asked() is not None and (steering := self.stepped(self.steering, steps)) is not None:
+            self._change(steering)
 
     def action_flip(self) -> None:
         edit = self._asked()

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -214,17 +214,6 @@ def facts(trial: Trial, found: Comparison) -> list[str]:
         was = "" if math.isnan(found.baseline_perplexity) else f", was {found.baseline_perplexity:.1f}"
         told.append(f"perplexity to the unsteered model {found.perplexity:.1f}{was}")
     return told
-
-
-def packed(parts: Sequence[str], width: int) -> list[str]:
-    """`parts` on as few lines as hold them."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + 3 + len(part) <= width:
-            lines[-1] += f"   {part}"
-        else:
-            lines.append(part)
-    return lines
 
 
 def changes(

@@ -15,11 +15,10 @@ from textual.message import Message
 from steer.errors import EXPLAINED, SteerError, sentence
 from steer.events import Event, Failed, Finished, PromptRead, TokenEvent
 from steer.session import Session
+from steer.tui import status
 from steer.tui.actions import Actions
 from steer.tui.prompt import Prompt
 from steer.tui.transcript import Transcript
-
-HERTZ = 20
 
 
 class Writing(Actions):
@@ -48,7 +47,7 @@ class Writing(Actions):
         raise NotImplementedError
 
     def on_mount(self) -> None:
-        self.timer = self.set_interval(1 / HERTZ, self.drain, pause=True)
+        self.timer = self.set_interval(1 / status.HERTZ, self.drain, pause=True)
 
     def on_unmount(self) -> None:
         self.stop()

@@ -19,8 +19,8 @@ from steer.events import TokenEvent
 from steer.session import Prompt, Session
 from steer.tui.chat import ChatScreen
 from steer.tui.compare import CompareScreen, end_of
-from steer.tui.dialogs import Ask, Help
-from steer.tui.trial import Trial, packed
+from steer.tui.dialogs import Ask, Confirm, Help
+from steer.tui.trial import Trial
 from tests.tui.conftest import Driver, Running, session_of
 from tests.tui.fake_engine import BOOM, HOLD, PLAIN, FakeEngine, words
 from tests.tui.test_snapshots import SIZES
@@ -119,6 +119,16 @@ async def test_without_an_edit_it_says_how_to_steer(running: Running, prepare: t
         assert isinstance(driver.app.screen, ChatScreen)
 
 
+async def test_edits_that_the_guard_would_weaken_are_told_apart(running: Running) -> None:
+    async with running(two(), steering=SET) as driver:
+        for mode, told in (("watch", False), ("back-off", True)):
+            await driver.press("i")
+            await driver.send(f"/guard {mode}")
+            await compared(driver)
+            assert ("With the edits, without the guard · steered, 1 edit" in driver.text) is told
+            await driver.press("escape")
+
+
 async def test_without_an_sae_no_feature_is_promised(running: Running) -> None:
     engine = FakeEngine("a b")
     engine.info = replace(engine.info, hook=None, latents=0)
@@ -190,6 +200,21 @@ async def test_brackets_change_the_chosen_edit_and_run_again(running: Running) -
         await driver.press("e", "left_square_bracket")
         assert "c of 3: 1 +1.95x" in driver.text and len(engine.batches) == 4
         assert session_of(driver).steering == engine.batches[-1][0][1]
+
+
+async def test_steps_in_quick_succession_all_count(running: Running) -> None:
+    engine = two()
+    async with running(engine, steering=SET) as driver:
+        screen = await compared(driver)
+        for pause in (0, 0.002, 0.005, 0.01, 0.015, 0):
+            screen.action_strength(1)
+            await asyncio.sleep(pause)
+        await driver.settle()
+        while screen.writing:
+            await driver.settle()
+        assert str(session_of(driver).steering.edits[0]) == "0 +1.3x" == str(driver.app.chat.panel.edit)
+        assert screen.trial is not None and screen.trial.steering == session_of(driver).steering
+        assert "0 +1.3x" in driver.text
 
 
 async def test_another_run_waits_for_the_first_to_stop(running: Running) -> None:
@@ -308,6 +333,29 @@ async def test_both_replies_are_copied_and_written_as_json(running: Running, tmp
         assert entry["comparison"]["first_difference"] == 3 and entry["comparison"]["changed"][0]["label"]
 
 
+async def test_a_file_is_written_over_only_when_told_so(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "comparison.json", tmp_path / "comparison-2.json"
+    async with running(two(), steering=SET) as driver:
+        await compared(driver)
+        await driver.press("x", "enter")
+        written = first.read_text()
+        first.write_text("mine")
+        await driver.press("x", "enter")
+        assert (first.read_text(), second.read_text()) == ("mine", written)
+        for answer, holds in (("n", "mine"), ("escape", "mine"), ("y", written)):
+            await driver.press("x", "ctrl+u", *"comparison", "full_stop", *"json", "enter")
+            assert isinstance(driver.app.screen, Confirm) and "comparison.json exists" in driver.text
+            await driver.press(answer)
+            assert isinstance(driver.app.screen, CompareScreen) and first.read_text() == holds
+        assert "wrote comparison.json" in driver.text
+        screen_of(driver)._export("~nobody-of-that-name/out.json")
+        await driver.pilot.pause()
+        assert "cannot be written" in driver.text
+
+
 async def test_text_that_would_be_obeyed_is_drawn(running: Running) -> None:
     engine = two([HOSTILE, " 越 ", HOSTILE], [HOSTILE])
     engine.names = {latent: HOSTILE for latent in range(20)}
@@ -368,8 +416,7 @@ def test_a_trial_keeps_the_pace_of_the_session_row_beside_row() -> None:
     assert len(waits) == 3 and all(1 < seconds <= 6 for seconds in waits)
 
 
-def test_lines_hold_what_fits() -> None:
-    assert packed(["one", "two", "three"], 9) == ["one   two", "three"]
+def test_the_end_of_a_text_is_what_fits() -> None:
     assert end_of("once upon a time", 8) == "..a time"
     assert end_of("越越越越", 6) == "..越越" and end_of("short", 8) == "short"
 

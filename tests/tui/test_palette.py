@@ -129,3 +129,8 @@ def test_numbers_read_like_the_drawings() -> None:
     assert [palette.percent(p) for p in (None, 0.0002, 0.0123, 0.2)] == ["-", ".02%", "1.2%", "20%"]
     assert [palette.share(p) for p in (0.62, -0.19, 1.0, None)] == [".62", "-.19", "1.00", "-"]
     assert [palette.number(v) for v in (12.43, 0.314, 0.0, 1200.4, None)] == ["12.4", "0.31", "0.0", "1200", "-"]
+
+
+def test_groups_are_packed_by_their_cells() -> None:
+    assert palette.packed(["one", "two", "three"], 9) == ["one   two", "three"]
+    assert palette.packed(["越越", "two"], 9) == ["越越", "two"]
