@@ -243,8 +243,9 @@ class ChatScreen(Writing):
         self._pinned = True
         self.show_pane("token")
 
-    def on_steering_panel_changed(self, event: SteeringPanel.Changed) -> None:
-        self.attempt(partial(self.session.change, event.steering))
+    def on_steering_panel_changed(self) -> None:
+        # What the pane holds now: the set that came with the message may be older than the last key.
+        self.attempt(partial(self.session.change, self.panel.steering))
         self.draw()
 
     def on_steering_panel_exact(self, event: SteeringPanel.Exact) -> None:

@@ -217,6 +217,15 @@ async def test_steps_in_quick_succession_all_count(running: Running) -> None:
         assert "0 +1.3x" in driver.text
 
 
+async def test_so_they_do_in_the_chats_pane(running: Running) -> None:
+    async with running(two(), steering=SET) as driver:
+        for _ in range(6):
+            driver.app.chat.panel.action_step(1)
+            await asyncio.sleep(0)
+        await driver.settle()
+        assert str(session_of(driver).steering.edits[0]) == "0 +1.3x" == str(driver.app.chat.panel.edit)
+
+
 async def test_another_run_waits_for_the_first_to_stop(running: Running) -> None:
     engine = two(["one", HOLD, " two"], ["one", " two"])
     async with running(engine, steering=SET) as driver:
