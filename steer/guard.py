@@ -16,6 +16,7 @@ With `backs_off` the strength of all edits is multiplied by `STEP` whenever the 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -69,19 +70,26 @@ class Guard:
     """What the strength of all edits is multiplied by now."""
     meter: Meter | None = None
     """None before the first token."""
-    _seen: list[TokenEvent] = field(default_factory=list)
+    _last: deque[TokenEvent] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _grams: set[tuple[int, ...]] = field(default_factory=set)
+    """Every 4-gram of the reply."""
+    _again: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """Of the 4-grams that end in the window, whether each stands in the reply before."""
     _since: int = 0
 
     def see(self, event: TokenEvent) -> None:
         """Take the next token of the reply into account; it has to have been measured (`watch`)."""
         assert event.kl is not None and event.surprisal is not None and event.expected is not None
-        self._seen.append(event)
+        self._last.append(event)
         self._since += 1
-        last = self._seen[-WINDOW:]
+        gram = tuple(each.token for each in [*self._last][-4:])
+        if len(gram) == 4:
+            self._again.append(gram in self._grams)
+            self._grams.add(gram)
         self.meter = Meter(
-            fmean(each.kl or 0.0 for each in last),
-            fmean((each.surprisal or 0.0) - (each.expected or 0.0) for each in last),
-            self._repetition(len(last)),
+            fmean(each.kl or 0.0 for each in self._last),
+            fmean((each.surprisal or 0.0) - (each.expected or 0.0) for each in self._last),
+            fmean(self._again) if self._again else 0.0,
         )
         if self.backs_off and self._since >= WAIT and self.meter.level >= 1:
             self.factor *= STEP
@@ -97,14 +105,3 @@ class Guard:
     def summary(self) -> str:
         """The verdict and what it led to: `KL 2.3, over the line, edits x 0.75`."""
         return self.verdict + (f", edits x {self.factor:.2g}" if self.factor < 1 else "")
-
-    def _repetition(self, window: int) -> float:
-        """Of the 4-grams that end in the window, the share that stands in the reply before."""
-        tokens = [event.token for event in self._seen]
-        grams = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
-        first = max(0, len(grams) - window)
-        seen, again = set(grams[:first]), 0
-        for gram in grams[first:]:
-            again += gram in seen
-            seen.add(gram)
-        return again / max(len(grams) - first, 1) if grams else 0.0

@@ -1,12 +1,10 @@
 """Commands on a fake engine: what is on stdout, what on stderr, and the exit code."""
 
 import io
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,8 @@ from steer import __version__
 from steer.cli import main
 from steer.cli.options import narrate, put, put_row
 from steer.session import Sampling
+from tests.steer.commands import Ran, Steer, ran
 from tests.steer.fake import FakeEngine
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-    lines: list[Any] = field(default_factory=list)
-
-
-Steer = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -44,10 +32,7 @@ def steer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
     def run(*arguments: str, stdin: str = "") -> Ran:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ran(code, out, err, [json.loads(line) for line in out.splitlines() if line.startswith("{")])
+        return ran(capsys, *arguments)
 
     return run
 

@@ -1,9 +1,7 @@
 """`steer controls`, `complete --compare` and `--spliced`, and `--trust-sae` as they are typed, on a tiny model."""
 
 import io
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,14 @@ import torch
 from sae.checkpoint import save_sae
 from steer.analysis.controls import CONDITIONS
 from steer.analysis.likelihood import Text
-from steer.cli import main
 from steer.events import Event, TokenEvent
 from steer.session import Readout
+from tests.steer.commands import Ran, Steer, ran
 from tests.steer.fake import NAMES, FakeEngine
 from tests.steer.test_engine import tiny_sae
 from tests.tiny import write_tiny_checkpoint
 
 QUICK = ("--max-tokens", "4", "--seed", "3", "--temperature", "0.9")
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[Any]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Steer = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +36,7 @@ def steer(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(folder)
 
     def run(*arguments: str) -> Ran:
-        code = main([*arguments, "--model", "model", "--sae", "sae"])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ran(code, out, err)
+        return ran(capsys, *arguments, "--model", "model", "--sae", "sae")
 
     return run
 

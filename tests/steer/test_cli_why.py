@@ -1,11 +1,9 @@
 """`steer why`, `steer patch` and `steer inspect --ablate` on a tiny model and SAE in folders."""
 
 import io
-import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,27 +11,13 @@ import torch
 
 from sae.checkpoint import save_sae
 from sae.model import SAE
-from steer.cli import main
+from tests.steer.commands import Ran, Steer, ran
 from tests.steer.test_sae_kinds import sae_of
 from tests.tiny import write_tiny_checkpoint
 
 torch.set_num_threads(1)
 TEXT = "Once upon"
 LENGTH = len(TEXT) + 1
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[dict]:  # type: ignore[type-arg]  # JSON of any shape
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Steer = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +37,7 @@ def steer(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(folder)
 
     def run(*arguments: str, sae: bool = True) -> Ran:
-        code = main([*arguments, "--model", "model", *(("--sae", "sae") if sae else ())])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ran(code, out, err)
+        return ran(capsys, *arguments, "--model", "model", *(("--sae", "sae") if sae else ()))
 
     return run
 

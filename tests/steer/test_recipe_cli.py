@@ -3,8 +3,6 @@
 import io
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,33 +13,19 @@ import torch
 
 from labels.index import LabelIndex
 from sae.checkpoint import Stats, load_sae, save_sae
-from steer.cli import main
 from steer.edits import Edit
 from steer.engine import Engine
 from steer.made_with import file_hash, model_hash, tokenizer_hash
 from steer.recipe import Recipe
 from steer.session import Session
 from steer.store import Store
+from tests.steer.commands import Ran, Steer, ran
 from tests.steer.fake import FakeEngine
 from tests.steer.test_engine import tiny_sae
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 HOOK = "blocks.1.hook_resid_post"
 WITH = ("--model", "model", "--sae", "sae")
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[Any]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Steer = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +49,7 @@ def steer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     def run(*arguments: str, stdin: str = "") -> Ran:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ran(code, out, err)
+        return ran(capsys, *arguments)
 
     return run
 
